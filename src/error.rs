@@ -1,0 +1,196 @@
+//! What can go wrong, told so that the reader knows what to do about it.
+
+use std::fmt;
+use std::io;
+
+/// Why a device, a queue or a worker could not be opened.
+///
+/// It keeps the call that failed and its errno, and says the likely cause in words. Converts into [`io::Error`] with the errno kept
+/// (`raw_os_error` of the source, the kind of the errno).
+#[derive(Debug)]
+pub struct OpenError {
+    kind: OpenErrorKind,
+    call: &'static str,
+    errno: Option<i32>,
+    detail: String,
+}
+
+/// The likely cause of an [`OpenError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum OpenErrorKind {
+    /// The caller lacks CAP_NET_ADMIN in the user namespace that owns the network namespace, and is not the device's owner or in its group.
+    Permission,
+    /// `/dev/net/tun` is missing or may not be opened.
+    NoTunNode,
+    /// The name belongs to a device that exists already.
+    NameTaken,
+    /// The existing device has one queue only, or several were asked of a device that was created without `IFF_MULTI_QUEUE` (or the reverse).
+    QueueModeMismatch,
+    /// More queues than the kernel allows for one device (256, detached ones included).
+    TooManyQueues,
+    /// The name is not one the kernel takes.
+    InvalidName,
+    /// A setting that no kernel accepts, or two settings that contradict each other.
+    InvalidSetting,
+    /// The kernel granted something else than what was asked (flags read back with TUNGETIFF differ).
+    NotGranted,
+    /// The network namespace to create the device in does not exist or may not be entered.
+    Namespace,
+    /// A limit on locked memory (RLIMIT_MEMLOCK) or memory itself ran out.
+    MemoryLimit,
+    /// io_uring is missing, too old, or refused by sysctl or seccomp.
+    IoUring,
+    /// Out of file descriptors.
+    DescriptorLimit,
+    /// The descriptor is not what the caller said it was.
+    NotATunDescriptor,
+    /// This kernel does not know the request.
+    Unsupported,
+    /// Anything else: see the errno.
+    Other,
+}
+
+impl OpenError {
+    /// An error from `call` with the errno that `source` carries.
+    pub(crate) fn new(kind: OpenErrorKind, call: &'static str, source: &io::Error, detail: impl Into<String>) -> Self {
+        Self { kind, call, errno: source.raw_os_error(), detail: detail.into() }
+    }
+
+    /// An error that this library found itself, before or after asking the kernel.
+    pub(crate) fn refused(kind: OpenErrorKind, call: &'static str, detail: impl Into<String>) -> Self {
+        Self { kind, call, errno: None, detail: detail.into() }
+    }
+
+    /// The likely cause.
+    pub fn kind(&self) -> OpenErrorKind {
+        self.kind
+    }
+
+    /// The system call or step that failed, such as `ioctl(TUNSETIFF)`.
+    pub fn call(&self) -> &'static str {
+        self.call
+    }
+
+    /// The kernel's error number; `None` where this library refused before asking the kernel.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.errno
+    }
+
+    /// The likely cause and what to do about it, without the call and the errno.
+    pub fn detail(&self) -> &str {
+        &self.detail
+    }
+}
+
+impl fmt::Display for OpenError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: ", self.call)?;
+        if let Some(errno) = self.errno {
+            write!(f, "{}: ", io::Error::from_raw_os_error(errno))?;
+        }
+        f.write_str(&self.detail)
+    }
+}
+
+impl std::error::Error for OpenError {}
+
+impl From<OpenError> for io::Error {
+    fn from(error: OpenError) -> Self {
+        let kind = match error.errno {
+            Some(errno) => io::Error::from_raw_os_error(errno).kind(),
+            None => io::ErrorKind::InvalidInput,
+        };
+        io::Error::new(kind, error)
+    }
+}
+
+/// Why packets could not be moved through a port.
+///
+/// [`kind`](Self::kind) sorts the errnos by what the caller should do; the errno and the call are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortError {
+    kind: PortErrorKind,
+    call: &'static str,
+    errno: i32,
+}
+
+/// What a [`PortError`] means for the caller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum PortErrorKind {
+    /// The device or socket no longer exists (EBADFD, ENODEV, EFAULT after deletion), or the port was detached. Permanent: stop using the port.
+    Gone,
+    /// The device is administratively down (EIO). Writes work again once it is up.
+    Down,
+    /// The other side takes no more just now (EAGAIN, ENOBUFS). Try again after the port is ready, in the same order.
+    Backpressure,
+    /// A packet was longer than the buffer it was read into; it was dropped and counted.
+    Truncated,
+    /// The kernel refused a packet for its content (EINVAL, EMSGSIZE). The packet is dropped and counted, the port goes on.
+    BadPacket,
+    /// No free buffer is left for this port; packets wait in the kernel until some are given back.
+    NoBuffers,
+    /// Anything else: see the errno.
+    Other,
+}
+
+impl PortError {
+    pub(crate) fn from_errno(call: &'static str, errno: i32) -> Self {
+        let kind = match errno {
+            libc::EBADFD | libc::ENODEV | libc::EFAULT | libc::EBADF | libc::ENXIO => PortErrorKind::Gone,
+            libc::EIO | libc::ENETDOWN => PortErrorKind::Down,
+            libc::EAGAIN | libc::ENOBUFS => PortErrorKind::Backpressure,
+            libc::EINVAL | libc::EMSGSIZE => PortErrorKind::BadPacket,
+            _ => PortErrorKind::Other,
+        };
+        Self { kind, call, errno }
+    }
+
+    pub(crate) const fn new(kind: PortErrorKind, call: &'static str, errno: i32) -> Self {
+        Self { kind, call, errno }
+    }
+
+    /// What it means for the caller.
+    pub fn kind(&self) -> PortErrorKind {
+        self.kind
+    }
+
+    /// The kernel's error number, or the one that comes nearest where this library found the fault itself.
+    pub fn raw_os_error(&self) -> i32 {
+        self.errno
+    }
+
+    /// The system call or operation that failed.
+    pub fn call(&self) -> &'static str {
+        self.call
+    }
+
+    /// Whether the port is of no further use. Everything else passes, or is about single packets.
+    pub fn is_permanent(&self) -> bool {
+        self.kind == PortErrorKind::Gone
+    }
+}
+
+impl fmt::Display for PortError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let advice = match self.kind {
+            PortErrorKind::Gone => "the device or socket is gone; detach the port",
+            PortErrorKind::Down => "the device is down; bring it up (ip link set … up) and send again",
+            PortErrorKind::Backpressure => "the receiver is full; wait for the port, then send the rest",
+            PortErrorKind::Truncated => "a packet was longer than the buffers of this worker and was dropped; raise WorkerConfig::max_packet or lower the MTU",
+            PortErrorKind::BadPacket => "the kernel refused the packet's content; it was dropped",
+            PortErrorKind::NoBuffers => "no free buffer; give packets back or raise WorkerConfig::buffers",
+            PortErrorKind::Other => "unexpected error",
+        };
+        write!(f, "{}: {}: {advice}", self.call, io::Error::from_raw_os_error(self.errno))
+    }
+}
+
+impl std::error::Error for PortError {}
+
+impl From<PortError> for io::Error {
+    fn from(error: PortError) -> Self {
+        io::Error::new(io::Error::from_raw_os_error(error.errno).kind(), error)
+    }
+}

@@ -1,0 +1,11 @@
+//! Floor 0: the kernel's ABI. The only modules that know ioctl numbers, struct layouts and raw system calls.
+#![allow(unsafe_code)]
+
+/// Calls a libc function and turns -1 into the errno of this thread.
+macro_rules! syscall {
+    ($name:ident($($arg:expr),* $(,)?)) => {{
+        let result = libc::$name($($arg),*);
+        if result == -1 { Err(std::io::Error::last_os_error()) } else { Ok(result) }
+    }};
+}
+pub(crate) use syscall;
