@@ -1,0 +1,589 @@
+//! The arena: one mapping, two classes of slots, free lists without atomics, and a return queue for buffers that other threads held.
+#![allow(unsafe_code)]
+
+use std::cell::{Cell, RefCell};
+use std::io;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
+
+use memmap2::{MmapMut, MmapRaw};
+
+use crate::worker::WakeHandle;
+
+/// In front of the user's headroom: space for the vnet header, and what alignment needs.
+pub(crate) const HIDDEN_RESERVE: usize = 32;
+
+/// End of a list of slots.
+const NIL: u32 = u32::MAX;
+
+/// How an arena is divided. All sizes in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ArenaConfig {
+    pub(crate) headroom: usize,
+    pub(crate) tailroom: usize,
+    pub(crate) small_packet: usize,
+    pub(crate) small_slots: usize,
+    pub(crate) large_slots: usize,
+}
+
+/// The longest packet a large slot is made for: the largest IP packet behind an Ethernet and a VLAN header.
+pub(crate) const LARGE_PACKET: usize = 65_535 + 18;
+
+impl ArenaConfig {
+    /// Where a packet begins in its slot when nothing was prepended.
+    pub(crate) fn data_offset(&self) -> usize {
+        HIDDEN_RESERVE + self.headroom
+    }
+
+    /// Bytes from one slot of the class to the next.
+    ///
+    /// One byte more than the longest packet is offered to the kernel: a read that fills it all was cut short.
+    pub(crate) fn stride(&self, class: SizeClass) -> usize {
+        let packet = match class {
+            SizeClass::Small => self.small_packet,
+            SizeClass::Large => LARGE_PACKET,
+        };
+        let need = self.data_offset() + packet + 1 + self.tailroom;
+        // A slot that straddles fewer pages costs fewer segments of the registered region per operation.
+        if need <= 4096 { need.next_power_of_two() } else { need.next_multiple_of(4096) }
+    }
+
+    fn slots(&self, class: SizeClass) -> usize {
+        match class {
+            SizeClass::Small => self.small_slots,
+            SizeClass::Large => self.large_slots,
+        }
+    }
+
+    /// Bytes of the mapping.
+    pub(crate) fn mapping_len(&self) -> usize {
+        let sum = SizeClass::ALL.iter().map(|&class| self.stride(class) * self.slots(class)).sum::<usize>();
+        sum.next_multiple_of(4096)
+    }
+
+    /// Bytes of the tables beside the mapping.
+    pub(crate) fn tables_len(&self) -> usize {
+        // views, owner, free-list entry, and for the return queue a count and a link.
+        (self.small_slots + self.large_slots) * 5 * size_of::<u32>()
+    }
+}
+
+/// The two sizes of slots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SizeClass {
+    /// For packets up to the configured length.
+    Small,
+    /// For packets and superpackets up to 64 KiB.
+    Large,
+}
+
+impl SizeClass {
+    const ALL: [SizeClass; 2] = [SizeClass::Small, SizeClass::Large];
+}
+
+/// Whom a slot is charged to: a port, or nobody in particular.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Account(u32);
+
+impl Account {
+    /// Buffers made by the user, and copies.
+    pub(crate) const NONE: Account = Account(u32::MAX);
+
+    pub(crate) const fn port(index: usize) -> Account {
+        Account(index as u32)
+    }
+}
+
+/// What a port may always have: slots of one class that no other port can take away.
+#[derive(Clone, Copy)]
+struct Reserve {
+    class: SizeClass,
+    promised: u32,
+    held: u32,
+}
+
+impl Reserve {
+    const EMPTY: Reserve = Reserve { class: SizeClass::Small, promised: 0, held: 0 };
+
+    fn unfilled(&self) -> u32 {
+        self.promised.saturating_sub(self.held)
+    }
+}
+
+/// The part of an arena that any thread may touch: the memory and the return queue.
+///
+/// Thread contract: `give_back` from any thread; `take_returned` from the home thread only.
+pub(crate) struct Shared {
+    base: NonNull<u8>,
+    /// Keeps the memory mapped until the last handle is gone.
+    _map: MmapRaw,
+    config: ArenaConfig,
+    /// Views of each slot that came back and were not yet counted by the home thread.
+    returned: Box<[AtomicU32]>,
+    /// The slot below this one on the stack of slots with returned views.
+    link: Box<[AtomicU32]>,
+    head: AtomicU32,
+    /// Set by a home thread that is about to sleep for want of buffers.
+    hungry: AtomicBool,
+    waker: WakeHandle,
+}
+
+// SAFETY: `base` points into `_map`, which lives as long as this value. Which thread may access which bytes is decided by the owner
+// of the slot's views (see the module's head), never by `Shared` itself.
+unsafe impl Send for Shared {}
+// SAFETY: as above; everything else in it is atomic or immutable.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// The address of `offset` in `slot`.
+    #[inline]
+    pub(crate) fn address(&self, slot: u32, offset: u32) -> NonNull<u8> {
+        let start = self.start_of(slot);
+        debug_assert!(start + offset as usize <= self.config.mapping_len());
+        // SAFETY: slots are handed out by the arena only, and offsets stay within the slot's stride (kept by PacketBuf, RemoteBuf and
+        // the receive path), so the sum lies within the mapping.
+        unsafe { self.base.add(start + offset as usize) }
+    }
+
+    #[inline]
+    fn start_of(&self, slot: u32) -> usize {
+        let slot = slot as usize;
+        let small = self.config.small_slots;
+        if slot < small {
+            slot * self.config.stride(SizeClass::Small)
+        } else {
+            small * self.config.stride(SizeClass::Small) + (slot - small) * self.config.stride(SizeClass::Large)
+        }
+    }
+
+    /// Gives one view of `slot` back to the home thread. Any thread; never blocks; rings the doorbell only when the home is starved.
+    pub(crate) fn give_back(&self, slot: u32) {
+        let index = slot as usize;
+        if self.returned[index].fetch_add(1, Ordering::AcqRel) == 0 {
+            let mut head = self.head.load(Ordering::Relaxed);
+            loop {
+                self.link[index].store(head, Ordering::Relaxed);
+                match self.head.compare_exchange_weak(head, slot, Ordering::AcqRel, Ordering::Relaxed) {
+                    Ok(_) => break,
+                    Err(now) => head = now,
+                }
+            }
+        }
+        // Pairs with the fence in `announce_hunger`: either the home sees the slot, or this thread sees the hunger.
+        fence(Ordering::SeqCst);
+        if self.hungry.load(Ordering::Relaxed) && self.hungry.swap(false, Ordering::AcqRel) {
+            self.waker.ring();
+        }
+    }
+
+    /// Takes all returned views, as (slot, count). Home thread only.
+    fn take_returned(&self, mut each: impl FnMut(u32, u32)) {
+        let mut slot = self.head.swap(NIL, Ordering::AcqRel);
+        while slot != NIL {
+            let index = slot as usize;
+            // The link is read before the count is taken: once it is zero, another thread may push the slot again.
+            let below = self.link[index].load(Ordering::Relaxed);
+            let count = self.returned[index].swap(0, Ordering::AcqRel);
+            each(slot, count);
+            slot = below;
+        }
+    }
+}
+
+/// The home thread's side of an arena. `!Send` through the `Rc` it is always held by; all cells, no atomics.
+pub(crate) struct Arena {
+    shared: Arc<Shared>,
+    small_stride: u32,
+    views: Box<[Cell<u32>]>,
+    owner: Box<[Cell<Account>]>,
+    free: [RefCell<Vec<u32>>; 2],
+    reserves: RefCell<Vec<Reserve>>,
+    /// Per class: slots promised to ports and not taken up by them.
+    unfilled: [Cell<u32>; 2],
+    /// Packets thrown away from a batch.
+    discarded: Cell<u64>,
+}
+
+impl Arena {
+    /// Maps and zeroes the memory. The mapping is not inherited by children (MADV_DONTFORK).
+    pub(crate) fn new(config: ArenaConfig, waker: WakeHandle) -> io::Result<Self> {
+        let map = MmapMut::map_anon(config.mapping_len())?;
+        map.advise(memmap2::Advice::DontFork)?;
+        let map = MmapRaw::from(map);
+        let base = NonNull::new(map.as_mut_ptr()).ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
+        let total = config.small_slots + config.large_slots;
+        let shared = Shared {
+            base,
+            _map: map,
+            config,
+            returned: (0..total).map(|_| AtomicU32::new(0)).collect(),
+            link: (0..total).map(|_| AtomicU32::new(NIL)).collect(),
+            head: AtomicU32::new(NIL),
+            hungry: AtomicBool::new(false),
+            waker,
+        };
+        let small = config.small_slots as u32;
+        // Popped from the end, so that the first slots are used first and stay warm.
+        let small_free: Vec<u32> = (0..small).rev().collect();
+        let large_free: Vec<u32> = (small..total as u32).rev().collect();
+        Ok(Self {
+            shared: Arc::new(shared),
+            small_stride: config.stride(SizeClass::Small) as u32,
+            views: (0..total).map(|_| Cell::new(0)).collect(),
+            owner: (0..total).map(|_| Cell::new(Account::NONE)).collect(),
+            free: [RefCell::new(small_free), RefCell::new(large_free)],
+            reserves: RefCell::new(Vec::new()),
+            unfilled: [Cell::new(0), Cell::new(0)],
+            discarded: Cell::new(0),
+        })
+    }
+
+    pub(crate) fn config(&self) -> &ArenaConfig {
+        &self.shared.config
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    /// The whole mapping, for registration.
+    pub(crate) fn as_iovec(&self) -> libc::iovec {
+        libc::iovec { iov_base: self.shared.base.as_ptr().cast(), iov_len: self.config().mapping_len() }
+    }
+
+    #[inline]
+    pub(crate) fn address(&self, slot: u32, offset: u32) -> NonNull<u8> {
+        if (slot as usize) < self.views.len() && slot < self.shared.config.small_slots as u32 {
+            // SAFETY: as in `Shared::address`; this is its common case with the stride at hand.
+            return unsafe { self.shared.base.add((slot * self.small_stride) as usize + offset as usize) };
+        }
+        self.shared.address(slot, offset)
+    }
+
+    /// The class that `slot` belongs to.
+    #[inline]
+    pub(crate) fn class_of(&self, slot: u32) -> SizeClass {
+        if slot < self.shared.config.small_slots as u32 { SizeClass::Small } else { SizeClass::Large }
+    }
+
+    /// End of the bytes of `slot` that a view may use.
+    #[inline]
+    pub(crate) fn slot_end(&self, slot: u32) -> u32 {
+        match self.class_of(slot) {
+            SizeClass::Small => self.small_stride,
+            SizeClass::Large => self.shared.config.stride(SizeClass::Large) as u32,
+        }
+    }
+
+    /// How many bytes a receive into a slot of `class` offers to the kernel.
+    pub(crate) fn read_len(&self, class: SizeClass) -> u32 {
+        let config = self.config();
+        (config.stride(class) - config.data_offset() - config.tailroom) as u32
+    }
+
+    /// Promises `wanted` slots to a port, or as many as half of what is not promised yet. `None` if that is not even one.
+    pub(crate) fn open_account(&self, index: usize, class: SizeClass, wanted: u32) -> Option<u32> {
+        self.collect_returned();
+        let mut reserves = self.reserves.borrow_mut();
+        if reserves.len() <= index {
+            reserves.resize(index + 1, Reserve::EMPTY);
+        }
+        let left = self.free[class as usize].borrow().len() as u32 - self.unfilled[class as usize].get();
+        let promised = wanted.min(left / 2);
+        if promised == 0 {
+            return None;
+        }
+        // Buffers that an earlier port of this index still has out stay charged to the account.
+        let held = reserves[index].held;
+        let reserve = Reserve { class, promised, held };
+        reserves[index] = reserve;
+        let unfilled = &self.unfilled[class as usize];
+        unfilled.set(unfilled.get() + reserve.unfilled());
+        Some(promised)
+    }
+
+    /// Ends the promise to a port. What it holds goes home as it is released.
+    pub(crate) fn close_account(&self, index: usize) {
+        let mut reserves = self.reserves.borrow_mut();
+        if let Some(reserve) = reserves.get_mut(index) {
+            let unfilled = &self.unfilled[reserve.class as usize];
+            unfilled.set(unfilled.get() - reserve.unfilled());
+            reserve.promised = 0;
+        }
+    }
+
+    /// How many slots of `class` the account may take now, at most `most`.
+    pub(crate) fn available(&self, account: Account, class: SizeClass, most: u32) -> u32 {
+        let mut can = self.available_now(account, class);
+        if can < most {
+            self.collect_returned();
+            can = self.available_now(account, class);
+        }
+        can.min(most)
+    }
+
+    fn available_now(&self, account: Account, class: SizeClass) -> u32 {
+        let free = self.free[class as usize].borrow().len() as u32;
+        let spare = free - self.unfilled[class as usize].get();
+        match self.reserves.borrow().get(account.0 as usize) {
+            Some(reserve) if reserve.class == class => spare + reserve.unfilled(),
+            _ => spare,
+        }
+    }
+
+    /// Takes a slot for `account`, with one view. `None` when the account has no right to any that is left.
+    pub(crate) fn check_out(&self, account: Account, class: SizeClass) -> Option<u32> {
+        let mut free = self.free[class as usize].borrow_mut();
+        let unfilled = &self.unfilled[class as usize];
+        let spare = free.len() as u32 > unfilled.get();
+        let mut reserves = self.reserves.borrow_mut();
+        match reserves.get_mut(account.0 as usize) {
+            Some(reserve) if reserve.class == class => {
+                if reserve.unfilled() > 0 {
+                    unfilled.set(unfilled.get() - 1);
+                } else if !spare {
+                    return None;
+                }
+                reserve.held += 1;
+            }
+            Some(reserve) => {
+                if !spare {
+                    return None;
+                }
+                reserve.held += 1;
+            }
+            None if !spare => return None,
+            None => {}
+        }
+        let slot = free.pop()?;
+        self.views[slot as usize].set(1);
+        self.owner[slot as usize].set(account);
+        Some(slot)
+    }
+
+    /// Adds a view of `slot`.
+    pub(crate) fn add_view(&self, slot: u32) {
+        let views = &self.views[slot as usize];
+        views.set(views.get() + 1);
+    }
+
+    /// Ends one view of `slot`; the last one frees it.
+    #[inline]
+    pub(crate) fn release(&self, slot: u32) {
+        self.release_views(slot, 1);
+    }
+
+    fn release_views(&self, slot: u32, count: u32) {
+        let views = &self.views[slot as usize];
+        debug_assert!(views.get() >= count);
+        views.set(views.get() - count);
+        if views.get() == 0 {
+            self.check_in(slot);
+        }
+    }
+
+    fn check_in(&self, slot: u32) {
+        let account = self.owner[slot as usize].get();
+        if let Some(reserve) = self.reserves.borrow_mut().get_mut(account.0 as usize) {
+            reserve.held -= 1;
+            if reserve.held < reserve.promised {
+                let unfilled = &self.unfilled[reserve.class as usize];
+                unfilled.set(unfilled.get() + 1);
+            }
+        }
+        self.free[self.class_of(slot) as usize].borrow_mut().push(slot);
+    }
+
+    /// Takes in what other threads gave back.
+    pub(crate) fn collect_returned(&self) {
+        if self.shared.head.load(Ordering::Relaxed) != NIL {
+            self.shared.take_returned(|slot, count| self.release_views(slot, count));
+        }
+    }
+
+    /// From now on the next buffer that comes back from another thread rings the doorbell. Look once more before sleeping.
+    pub(crate) fn announce_hunger(&self) {
+        self.shared.hungry.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.collect_returned();
+    }
+
+    pub(crate) fn count_discarded(&self, packets: u64) {
+        self.discarded.set(self.discarded.get() + packets);
+    }
+
+    pub(crate) fn discarded(&self) -> u64 {
+        self.discarded.get()
+    }
+
+    /// (free, total) slots over both classes.
+    pub(crate) fn occupancy(&self) -> (usize, usize) {
+        self.collect_returned();
+        (self.free.iter().map(|list| list.borrow().len()).sum(), self.views.len())
+    }
+}
+
+static LEAKED: AtomicU64 = AtomicU64::new(0);
+
+/// Keeps the memory mapped for ever, because the kernel may still write into it.
+pub(crate) fn leak_memory(shared: &Arc<Shared>) {
+    std::mem::forget(Arc::clone(shared));
+    LEAKED.fetch_add(1, Ordering::Relaxed);
+}
+
+/// How many arenas this process has leaked since it started.
+///
+/// A worker that cannot prove that the kernel has finished with its memory leaves the memory mapped for ever. Zero on a healthy system.
+pub fn leaked_arenas() -> u64 {
+    LEAKED.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn arena(small: usize, large: usize) -> Arena {
+        let config =
+            ArenaConfig { headroom: 96, tailroom: 64, small_packet: 1536, small_slots: small, large_slots: large };
+        Arena::new(config, WakeHandle::new().expect("eventfd")).expect("memory")
+    }
+
+    #[test]
+    fn layout_holds_what_it_promises() {
+        let config = *arena(4, 2).config();
+        assert_eq!(config.stride(SizeClass::Small), 2048);
+        assert!(config.stride(SizeClass::Large) >= config.data_offset() + LARGE_PACKET + 1 + config.tailroom);
+        assert_eq!(config.stride(SizeClass::Large) % 4096, 0);
+    }
+
+    #[test]
+    fn a_port_never_starves_another() {
+        let arena = arena(16, 0);
+        assert_eq!(arena.open_account(0, SizeClass::Small, 4), Some(4));
+        assert_eq!(arena.open_account(1, SizeClass::Small, 4), Some(4));
+        let mut held = Vec::new();
+        while let Some(slot) = arena.check_out(Account::port(0), SizeClass::Small) {
+            held.push(slot);
+        }
+        // All but the other port's promise.
+        assert_eq!(held.len(), 12);
+        assert_eq!(arena.check_out(Account::NONE, SizeClass::Small), None);
+        for _ in 0..4 {
+            assert!(arena.check_out(Account::port(1), SizeClass::Small).is_some());
+        }
+        assert_eq!(arena.check_out(Account::port(1), SizeClass::Small), None);
+    }
+
+    #[test]
+    fn views_share_a_slot_until_the_last_is_gone() {
+        let arena = arena(2, 0);
+        let slot = arena.check_out(Account::NONE, SizeClass::Small).expect("free slot");
+        arena.add_view(slot);
+        arena.release(slot);
+        assert_eq!(arena.occupancy(), (1, 2));
+        arena.shared().give_back(slot);
+        assert_eq!(arena.occupancy(), (2, 2));
+    }
+
+    #[test]
+    fn returns_from_many_threads_are_all_counted() {
+        let arena = arena(64, 0);
+        for _ in 0..200 {
+            let mut slots = Vec::new();
+            while let Some(slot) = arena.check_out(Account::NONE, SizeClass::Small) {
+                arena.add_view(slot);
+                slots.push(slot);
+            }
+            assert_eq!(slots.len(), 64);
+            std::thread::scope(|scope| {
+                for _ in 0..2 {
+                    let shared = Arc::clone(arena.shared());
+                    let slots = slots.clone();
+                    scope.spawn(move || slots.into_iter().for_each(|slot| shared.give_back(slot)));
+                }
+                // Taking in while others give back must lose nothing.
+                for _ in 0..50 {
+                    arena.collect_returned();
+                }
+            });
+            assert_eq!(arena.occupancy(), (64, 64));
+        }
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Take(u32),
+        Release(usize),
+        Return(usize),
+        Split(usize),
+        Close(usize),
+        Open(usize, u32),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            4 => (0u32..4).prop_map(Step::Take),
+            3 => any::<usize>().prop_map(Step::Release),
+            2 => any::<usize>().prop_map(Step::Return),
+            2 => any::<usize>().prop_map(Step::Split),
+            1 => (0usize..3).prop_map(Step::Close),
+            1 => (0usize..3, 1u32..6).prop_map(|(port, wanted)| Step::Open(port, wanted)),
+        ]
+    }
+
+    proptest! {
+        /// Against a model: no slot in two hands, nothing lost, promises kept.
+        #[test]
+        fn accounting_matches_a_model(steps in proptest::collection::vec(step(), 1..300)) {
+            let arena = arena(24, 0);
+            let mut out: Vec<u32> = Vec::new();
+            let mut promised = [0u32; 3];
+            let mut held = [0u32; 3];
+            let mut charged = std::collections::HashMap::new();
+            for step in steps {
+                match step {
+                    Step::Take(port) => {
+                        let account = if port == 3 { Account::NONE } else { Account::port(port as usize) };
+                        if let Some(slot) = arena.check_out(account, SizeClass::Small) {
+                            prop_assert!(!out.contains(&slot));
+                            out.push(slot);
+                            if port < 3 { held[port as usize] += 1; }
+                            charged.insert(slot, port);
+                        } else if port < 3 {
+                            prop_assert!(held[port as usize] >= promised[port as usize]);
+                        }
+                    }
+                    Step::Release(at) | Step::Return(at) if !out.is_empty() => {
+                        let slot = out.swap_remove(at % out.len());
+                        if matches!(step, Step::Return(_)) {
+                            arena.shared().give_back(slot);
+                            arena.collect_returned();
+                        } else {
+                            arena.release(slot);
+                        }
+                        if !out.contains(&slot) && let Some(port @ 0..3) = charged.remove(&slot) {
+                            held[port as usize] -= 1;
+                        }
+                    }
+                    Step::Split(at) if !out.is_empty() => {
+                        let slot = out[at % out.len()];
+                        arena.add_view(slot);
+                        out.push(slot);
+                    }
+                    Step::Close(port) => {
+                        arena.close_account(port);
+                        promised[port] = 0;
+                    }
+                    Step::Open(port, wanted) if promised[port] == 0 => {
+                        promised[port] = arena.open_account(port, SizeClass::Small, wanted).unwrap_or(0);
+                    }
+                    _ => {}
+                }
+                let unique: std::collections::HashSet<_> = out.iter().collect();
+                prop_assert_eq!(arena.occupancy().0, 24 - unique.len());
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! A packet on its travels between threads.
+#![allow(unsafe_code)]
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use super::arena::Shared;
+use super::packet::Parts;
+
+/// A packet that any thread may hold, read and change, made by [`PacketBuf::into_remote`](crate::PacketBuf::into_remote).
+///
+/// Dropping it, on any thread, returns its memory through the home worker's return queue: a few atomic operations, no lock, no system
+/// call unless the home worker sleeps for want of buffers. [`Worker::import`](crate::Worker::import) makes a `PacketBuf` of it again.
+/// The memory lives until the last handle is gone, also after its worker ended.
+pub struct RemoteBuf {
+    shared: Arc<Shared>,
+    parts: Parts,
+}
+
+impl RemoteBuf {
+    /// Takes over one view.
+    pub(crate) fn from_parts(shared: Arc<Shared>, parts: Parts) -> Self {
+        Self { shared, parts }
+    }
+
+    /// Whether `shared` is the arena that it came from.
+    pub(crate) fn is_home(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
+
+    /// Hands the view over to the caller.
+    pub(crate) fn into_parts(self) -> Parts {
+        let this = std::mem::ManuallyDrop::new(self);
+        // SAFETY: `this` is never used again, so its reference is dropped once, here; the view passes to the caller.
+        drop(unsafe { std::ptr::read(&this.shared) });
+        this.parts
+    }
+
+    /// The peer address that it carries; see [`PacketBuf::peer`](crate::PacketBuf::peer).
+    pub fn peer(&self) -> Option<SocketAddr> {
+        self.parts.peer
+    }
+
+    /// Sets the peer address that it carries.
+    pub fn set_peer(&mut self, peer: Option<SocketAddr>) {
+        self.parts.peer = peer;
+    }
+}
+
+impl Deref for RemoteBuf {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        let at = self.shared.address(self.parts.slot, self.parts.start);
+        // SAFETY: the range belongs to this view alone, the slot stays checked out until the view is given back in `drop`, and the
+        // mapping lives as long as `shared`.
+        unsafe { std::slice::from_raw_parts(at.as_ptr(), self.parts.len as usize) }
+    }
+}
+
+impl DerefMut for RemoteBuf {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        let at = self.shared.address(self.parts.slot, self.parts.start);
+        // SAFETY: as in `deref`; `&mut self` makes it the only access.
+        unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), self.parts.len as usize) }
+    }
+}
+
+impl Drop for RemoteBuf {
+    fn drop(&mut self) {
+        self.shared.give_back(self.parts.slot);
+    }
+}
+
+impl fmt::Debug for RemoteBuf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RemoteBuf").field("len", &self.len()).field("peer", &self.parts.peer).finish_non_exhaustive()
+    }
+}
