@@ -254,9 +254,9 @@ impl Arena {
 
     #[inline]
     pub(crate) fn address(&self, slot: u32, offset: u32) -> NonNull<u8> {
-        if (slot as usize) < self.views.len() && slot < self.shared.config.small_slots as u32 {
+        if (slot as usize) < self.shared.config.small_slots {
             // SAFETY: as in `Shared::address`; this is its common case with the stride at hand.
-            return unsafe { self.shared.base.add((slot * self.small_stride) as usize + offset as usize) };
+            return unsafe { self.shared.base.add(slot as usize * self.small_stride as usize + offset as usize) };
         }
         self.shared.address(slot, offset)
     }
@@ -338,27 +338,21 @@ impl Arena {
         let unfilled = &self.unfilled[class as usize];
         let spare = free.len() as u32 > unfilled.get();
         let mut reserves = self.reserves.borrow_mut();
-        match reserves.get_mut(account.0 as usize) {
-            Some(reserve) if reserve.class == class => {
+        let owner = match reserves.get_mut(account.0 as usize) {
+            Some(reserve) if reserve.class == class && (reserve.unfilled() > 0 || spare) => {
                 if reserve.unfilled() > 0 {
                     unfilled.set(unfilled.get() - 1);
-                } else if !spare {
-                    return None;
                 }
                 reserve.held += 1;
+                account
             }
-            Some(reserve) => {
-                if !spare {
-                    return None;
-                }
-                reserve.held += 1;
-            }
-            None if !spare => return None,
-            None => {}
-        }
+            // Slots of a class that the port was promised none of are charged to nobody.
+            _ if spare => Account::NONE,
+            _ => return None,
+        };
         let slot = free.pop()?;
         self.views[slot as usize].set(1);
-        self.owner[slot as usize].set(account);
+        self.owner[slot as usize].set(owner);
         Some(slot)
     }
 

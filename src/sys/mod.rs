@@ -1,6 +1,11 @@
 //! Floor 0: the kernel's ABI. The only modules that know ioctl numbers, struct layouts and raw system calls.
 #![allow(unsafe_code)]
 
+pub(crate) mod fd;
+pub(crate) mod kernel;
+pub(crate) mod socket;
+pub(crate) mod uring;
+
 /// Calls a libc function and turns -1 into the errno of this thread.
 macro_rules! syscall {
     ($name:ident($($arg:expr),* $(,)?)) => {{

@@ -1,0 +1,170 @@
+//! Batches of datagrams: recvmmsg(2) and sendmmsg(2), and the kernel's form of a socket address.
+
+use std::io;
+use std::mem::zeroed;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+
+use super::syscall;
+
+/// The arrays that the kernel wants, allocated once.
+pub(crate) struct Datagrams {
+    headers: Box<[libc::mmsghdr]>,
+    vectors: Box<[libc::iovec]>,
+    names: Box<[libc::sockaddr_storage]>,
+}
+
+/// One datagram as it was received.
+pub(crate) struct Arrived {
+    pub(crate) len: usize,
+    pub(crate) truncated: bool,
+    pub(crate) peer: Option<SocketAddr>,
+}
+
+impl Datagrams {
+    pub(crate) fn new(capacity: usize) -> Self {
+        // SAFETY: all three are plain C structs for which zero is a value.
+        let (header, name): (libc::mmsghdr, libc::sockaddr_storage) = unsafe { (zeroed(), zeroed()) };
+        Self {
+            headers: vec![header; capacity].into(),
+            vectors: vec![libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; capacity].into(),
+            names: vec![name; capacity].into(),
+        }
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.headers.len()
+    }
+
+    /// Bytes of the arrays for `capacity` datagrams.
+    pub(crate) fn memory(capacity: usize) -> usize {
+        capacity * (size_of::<libc::mmsghdr>() + size_of::<libc::iovec>() + size_of::<libc::sockaddr_storage>())
+    }
+
+    /// Sets where datagram `index` lies and, for sending, where it goes.
+    pub(crate) fn set(&mut self, index: usize, at: NonNull<u8>, len: usize, peer: Option<SocketAddr>) {
+        self.vectors[index] = libc::iovec { iov_base: at.as_ptr().cast(), iov_len: len };
+        let header = &mut self.headers[index].msg_hdr;
+        header.msg_iov = &raw mut self.vectors[index];
+        header.msg_iovlen = 1;
+        match peer {
+            Some(peer) => {
+                header.msg_namelen = encode(peer, &mut self.names[index]);
+                header.msg_name = (&raw mut self.names[index]).cast();
+            }
+            None => {
+                header.msg_namelen = 0;
+                header.msg_name = std::ptr::null_mut();
+            }
+        }
+    }
+
+    /// Asks the kernel for the sender of datagram `index`.
+    pub(crate) fn want_peer(&mut self, index: usize) {
+        let header = &mut self.headers[index].msg_hdr;
+        header.msg_name = (&raw mut self.names[index]).cast();
+        header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+    }
+
+    /// Receives at most `count` datagrams into the memory that was set; never blocks. EAGAIN if there is none.
+    ///
+    /// # Safety
+    /// The memory set for the first `count` entries is writable, and nobody else uses it during the call.
+    pub(crate) unsafe fn receive(&mut self, fd: RawFd, count: usize) -> io::Result<usize> {
+        let count = count.min(self.capacity()) as libc::c_uint;
+        // SAFETY: the headers point to vectors and names of this value; the caller vouches for what the vectors point to.
+        unsafe {
+            syscall!(recvmmsg(fd, self.headers.as_mut_ptr(), count, libc::MSG_DONTWAIT as _, std::ptr::null_mut()))
+        }
+        .map(|count| count as usize)
+    }
+
+    /// Datagram `index` of the last `receive`.
+    pub(crate) fn arrived(&self, index: usize) -> Arrived {
+        let header = &self.headers[index];
+        Arrived {
+            len: header.msg_len as usize,
+            truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
+            peer: decode(&self.names[index], header.msg_hdr.msg_namelen),
+        }
+    }
+
+    /// Sends the entries `from..to`; never blocks. Returns how many were taken; the error is the first one's.
+    ///
+    /// # Safety
+    /// The memory set for these entries is readable during the call.
+    pub(crate) unsafe fn send(&mut self, fd: RawFd, from: usize, to: usize) -> io::Result<usize> {
+        let entries = &mut self.headers[from..to];
+        // SAFETY: as in `receive`.
+        unsafe {
+            syscall!(sendmmsg(fd, entries.as_mut_ptr(), entries.len() as libc::c_uint, libc::MSG_DONTWAIT as _))
+        }
+        .map(|count| count as usize)
+    }
+}
+
+fn encode(peer: SocketAddr, name: &mut libc::sockaddr_storage) -> libc::socklen_t {
+    match peer {
+        SocketAddr::V4(peer) => {
+            let value = libc::sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: peer.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(peer.ip().octets()) },
+                sin_zero: [0; 8],
+            };
+            // SAFETY: sockaddr_storage is large and aligned enough for every socket address.
+            unsafe { std::ptr::from_mut(name).cast::<libc::sockaddr_in>().write(value) };
+            size_of::<libc::sockaddr_in>() as libc::socklen_t
+        }
+        SocketAddr::V6(peer) => {
+            let value = libc::sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: peer.port().to_be(),
+                sin6_flowinfo: peer.flowinfo().to_be(),
+                sin6_addr: libc::in6_addr { s6_addr: peer.ip().octets() },
+                sin6_scope_id: peer.scope_id(),
+            };
+            // SAFETY: as above.
+            unsafe { std::ptr::from_mut(name).cast::<libc::sockaddr_in6>().write(value) };
+            size_of::<libc::sockaddr_in6>() as libc::socklen_t
+        }
+    }
+}
+
+fn decode(name: &libc::sockaddr_storage, len: libc::socklen_t) -> Option<SocketAddr> {
+    let (name, len) = (std::ptr::from_ref(name), len as usize);
+    // SAFETY: every sockaddr_storage begins with the family and was zeroed or written by the kernel.
+    match i32::from(unsafe { (*name).ss_family }) {
+        libc::AF_INET if len >= size_of::<libc::sockaddr_in>() => {
+            // SAFETY: the family and the length say that it is a sockaddr_in.
+            let value = unsafe { name.cast::<libc::sockaddr_in>().read() };
+            let ip = Ipv4Addr::from(value.sin_addr.s_addr.to_ne_bytes());
+            Some(SocketAddrV4::new(ip, u16::from_be(value.sin_port)).into())
+        }
+        libc::AF_INET6 if len >= size_of::<libc::sockaddr_in6>() => {
+            // SAFETY: the family and the length say that it is a sockaddr_in6.
+            let value = unsafe { name.cast::<libc::sockaddr_in6>().read() };
+            let ip = Ipv6Addr::from(value.sin6_addr.s6_addr);
+            let (port, flow) = (u16::from_be(value.sin6_port), u32::from_be(value.sin6_flowinfo));
+            Some(SocketAddrV6::new(ip, port, flow, value.sin6_scope_id).into())
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn addresses_survive_the_round_trip(peer: SocketAddr) {
+            // SAFETY: zero is a value of this C struct.
+            let mut name = unsafe { zeroed() };
+            let len = encode(peer, &mut name);
+            prop_assert_eq!(decode(&name, len), Some(peer));
+        }
+    }
+}
