@@ -14,3 +14,6 @@ macro_rules! syscall {
     }};
 }
 pub(crate) use syscall;
+
+#[cfg(feature = "lab")]
+pub(crate) mod netns;

@@ -1,0 +1,22 @@
+//! Throw-away network namespaces, virtual links, sinks and test traffic, for tests, benchmarks and the tool.
+//!
+//! Nothing here touches the host: a [`Sandbox`] moves the caller into a network namespace of its own, and everything made in it vanishes
+//! with its last thread and descriptor.
+//!
+//! **No stability promise.** This module serves this crate's own tests, benchmarks and tool, and may change in any release.
+//!
+//! ```no_run
+//! use tun_driver::lab::{Namespace, Sandbox};
+//!
+//! # fn main() -> std::io::Result<()> {
+//! let _sandbox = Sandbox::enter()?; // first thing in main, before any thread
+//! let other = Namespace::new()?;
+//! let socket = other.run(|| std::net::UdpSocket::bind("127.0.0.1:0"))??;
+//! # drop(socket);
+//! # Ok(())
+//! # }
+//! ```
+
+mod sandbox;
+
+pub use sandbox::{Namespace, Sandbox, sysctl};

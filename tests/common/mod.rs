@@ -1,0 +1,183 @@
+//! The runner of tests on real devices: each trial in a network namespace of its own.
+//!
+//! A test file is declared with `harness = false` and `required-features = ["lab"]`, and reads
+//!
+//! ```ignore
+//! mod common;
+//! use common::trial;
+//!
+//! fn main() {
+//!     common::run(vec![
+//!         trial("what holds", || { … assert!(…) … }),
+//!         trial("what takes long", || { … }).bound(Duration::from_secs(300)),
+//!         trial("what counts descriptors", || { … }).alone(),
+//!     ])
+//! }
+//! ```
+//!
+//! The process enters a sandbox before its first thread (root: a network namespace; otherwise a user namespace too). Each trial then runs on
+//! a thread of its own in a fresh namespace with loopback up, so trials neither see each other nor the host, and run side by side.
+//!
+//! - A panic fails the trial with its message. [`skip`] ends a trial as ignored, with a reason.
+//! - A trial that outlasts its bound fails by name; its thread is left behind.
+//! - If no namespace can be had, all trials are ignored with the reason; `TUN_DRIVER_REQUIRE_NETNS=1` makes that a failure.
+//! - `TUN_DRIVER_REQUIRE_ALL=1` makes each [`skip`] a failure.
+#![allow(dead_code, unreachable_pub)] // each test file uses its share
+
+use std::any::Any;
+use std::env;
+use std::fs::OpenOptions;
+use std::panic::{self, AssertUnwindSafe};
+use std::process;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::thread;
+use std::time::Duration;
+
+use libtest_mimic::{Arguments, Completion, Failed};
+use tun_driver::lab::Sandbox;
+
+/// How long a trial may take unless it says otherwise.
+const BOUND: Duration = Duration::from_secs(60);
+
+/// One check, run in a namespace of its own.
+pub struct Trial {
+    name: String,
+    bound: Duration,
+    alone: bool,
+    work: Box<dyn FnOnce() + Send>,
+}
+
+/// A check by name; it fails by panicking.
+pub fn trial(name: impl Into<String>, work: impl FnOnce() + Send + 'static) -> Trial {
+    Trial {
+        name: name.into(),
+        bound: BOUND,
+        alone: false,
+        work: Box::new(work),
+    }
+}
+
+impl Trial {
+    /// Sets how long it may take (60 s unless set).
+    pub fn bound(mut self, bound: Duration) -> Self {
+        self.bound = bound;
+        self
+    }
+
+    /// Runs it with no other trial beside it: for what is counted per process (descriptors, threads, memory).
+    pub fn alone(mut self) -> Self {
+        self.alone = true;
+        self
+    }
+}
+
+/// Runs the trials that the command line selects, prints what came of each, and ends the process.
+pub fn run(trials: Vec<Trial>) -> ! {
+    let arguments = Arguments::from_args();
+    let refusal = if arguments.list {
+        None
+    } else {
+        Sandbox::enter().err().map(|error| error.to_string())
+    };
+    let required = is_set("TUN_DRIVER_REQUIRE_NETNS");
+    if let Some(reason) = &refusal {
+        eprintln!("no network namespace: {reason}");
+    }
+    let turn = Arc::new(RwLock::new(()));
+    let trials = trials
+        .into_iter()
+        .map(|trial| {
+            let refusal = refusal.clone();
+            let turn = Arc::clone(&turn);
+            libtest_mimic::Trial::ignorable_test(trial.name.clone(), move || match refusal {
+                Some(reason) if required => Err(Failed::from(format!("no network namespace: {reason}"))),
+                Some(reason) => Ok(Completion::ignored_with(format!("no network namespace: {reason}"))),
+                None if trial.alone => {
+                    let _turn = turn.write().unwrap_or_else(PoisonError::into_inner);
+                    run_one(trial)
+                }
+                None => {
+                    let _turn = turn.read().unwrap_or_else(PoisonError::into_inner);
+                    run_one(trial)
+                }
+            })
+        })
+        .collect();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    // Not by returning: a trial that hangs must not hold the process.
+    process::exit(if conclusion.has_failed() { 101 } else { 0 })
+}
+
+/// Ends the calling trial as ignored: this host lacks what it needs (a kernel feature, a program, a privilege). Call it on the trial's thread.
+pub fn skip(reason: impl Into<String>) -> ! {
+    // Not a panic to the hook: nothing is printed until the runner does.
+    panic::resume_unwind(Box::new(Skip(reason.into())))
+}
+
+/// Skips the trial unless TUN/TAP devices can be made here.
+pub fn need_tun() {
+    if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
+        skip(format!(
+            "/dev/net/tun cannot be opened ({error}); as another user than root it must be writable (usually mode 0666)"
+        ));
+    }
+}
+
+/// Skips the trial unless `program` is in the search path. `package` is the Debian package that has it.
+pub fn need_program(program: &str, package: &str) {
+    let found =
+        env::var_os("PATH").is_some_and(|path| env::split_paths(&path).any(|folder| folder.join(program).is_file()));
+    if !found {
+        skip(format!("the program `{program}` is missing; apt-get install {package}"));
+    }
+}
+
+/// What a skipped trial unwinds with.
+struct Skip(String);
+
+fn run_one(trial: Trial) -> Result<Completion, Failed> {
+    let (sender, receiver) = mpsc::channel();
+    let work = trial.work;
+    thread::Builder::new()
+        .name(trial.name.clone())
+        .spawn(move || {
+            let outcome = panic::catch_unwind(AssertUnwindSafe(|| {
+                Sandbox::enter().expect("a namespace for this trial");
+                work();
+            }));
+            // The runner is gone only if the bound is over: nobody left to tell.
+            let _ = sender.send(outcome);
+        })
+        .map_err(|error| Failed::from(format!("no thread for the trial: {error}")))?;
+    match receiver.recv_timeout(trial.bound) {
+        Ok(Ok(())) => Ok(Completion::Completed),
+        Ok(Err(payload)) => match payload.downcast::<Skip>() {
+            Ok(skip) if is_set("TUN_DRIVER_REQUIRE_ALL") => {
+                Err(Failed::from(format!("skipped, but all are required: {}", skip.0)))
+            }
+            Ok(skip) => Ok(Completion::ignored_with(skip.0)),
+            Err(payload) => Err(Failed::from(message(&*payload))),
+        },
+        Err(RecvTimeoutError::Timeout) => Err(Failed::from(format!(
+            "`{}` hangs: it did not end within {:?}; its thread is left behind",
+            trial.name, trial.bound
+        ))),
+        Err(RecvTimeoutError::Disconnected) => Err(Failed::from("the trial's thread ended without an outcome")),
+    }
+}
+
+/// The text of a panic; the place is on stderr, printed by the panic hook.
+fn message(payload: &(dyn Any + Send)) -> String {
+    if let Some(text) = payload.downcast_ref::<&str>() {
+        (*text).to_owned()
+    } else if let Some(text) = payload.downcast_ref::<String>() {
+        text.clone()
+    } else {
+        "panicked with something that is not text".to_owned()
+    }
+}
+
+fn is_set(variable: &str) -> bool {
+    env::var_os(variable).is_some_and(|value| !value.is_empty() && value != "0")
+}
