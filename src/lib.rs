@@ -13,6 +13,7 @@ mod queue;
 mod support;
 
 mod buf;
+mod stats;
 mod worker;
 
 #[cfg(feature = "netlink")]
@@ -21,4 +22,10 @@ pub mod netlink;
 #[cfg(feature = "lab")]
 pub mod lab;
 
+pub use buf::{Batch, Drain, NoRoom, PacketBuf, RemoteBuf, leaked_arenas};
 pub use error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
+pub use stats::{Counters, ErrnoCounts};
+pub use worker::{
+    Backend, BackendReport, Detached, Endpoint, MemoryBudget, PortId, Sent, SinglePort, Wait, Wake, Waker, Worker,
+    WorkerConfig,
+};

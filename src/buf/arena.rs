@@ -49,7 +49,7 @@ impl ArenaConfig {
         if need <= 4096 { need.next_power_of_two() } else { need.next_multiple_of(4096) }
     }
 
-    fn slots(&self, class: SizeClass) -> usize {
+    pub(crate) fn slots(&self, class: SizeClass) -> usize {
         match class {
             SizeClass::Small => self.small_slots,
             SizeClass::Large => self.large_slots,

@@ -75,6 +75,12 @@ impl PacketBuf {
         &self.arena
     }
 
+    /// Keeps the memory out of all hands until the process ends, because the kernel may still read it.
+    pub(crate) fn keep_for_ever(&self) {
+        self.arena.add_view(self.slot);
+        super::arena::leak_memory(self.arena.shared());
+    }
+
     /// Bytes that can be put in front without moving the packet.
     pub fn headroom(&self) -> usize {
         (self.start - self.low) as usize

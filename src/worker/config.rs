@@ -1,0 +1,167 @@
+//! What a worker is made with, and what it was granted.
+
+use std::time::Duration;
+
+use crate::buf::{ArenaConfig, HIDDEN_RESERVE};
+use crate::sys::socket::Datagrams;
+
+/// How a worker is made. All fields have defaults that fit plain packets up to an MTU of 1500.
+///
+/// ```
+/// use std::time::Duration;
+/// use tun_driver::{Wait, WorkerConfig};
+///
+/// let config = WorkerConfig { buffers: 512, wait: Wait::Spin { duration: Duration::from_micros(50) }, ..WorkerConfig::default() };
+/// assert!(config.memory().total() < 4 << 20);
+/// ```
+#[derive(Clone, Debug)]
+pub struct WorkerConfig {
+    /// The backend to use; `None` chooses by asking the kernel. A forced backend that the host lacks is an error.
+    pub backend: Option<Backend>,
+    /// Buffers for packets up to `max_packet`. At least 16.
+    pub buffers: usize,
+    /// Bytes of the longest packet, link header included, that an ordinary buffer must hold.
+    pub max_packet: usize,
+    /// Buffers for packets up to 64 KiB, for devices whose MTU is beyond `max_packet`. None by default.
+    pub large_buffers: usize,
+    /// Bytes that can be prepended to a packet as it was received. At least 64; rounded up so that packets begin on a cache line.
+    pub headroom: usize,
+    /// Bytes that can be appended to a packet of the greatest length.
+    pub tailroom: usize,
+    /// Buffers that each port can always receive into, whatever is held or stuck elsewhere.
+    pub receive_reserve: usize,
+    /// What to do while there is nothing to do.
+    pub wait: Wait,
+}
+
+impl Default for WorkerConfig {
+    fn default() -> Self {
+        Self {
+            backend: None,
+            buffers: 1024,
+            max_packet: 1536,
+            large_buffers: 0,
+            headroom: 96,
+            tailroom: 64,
+            receive_reserve: 64,
+            wait: Wait::Block,
+        }
+    }
+}
+
+impl WorkerConfig {
+    /// What a worker of this configuration takes, at most.
+    pub fn memory(&self) -> MemoryBudget {
+        let arena = self.arena();
+        MemoryBudget {
+            buffers: arena.mapping_len(),
+            tables: arena.tables_len(),
+            // 64 bytes an entry and its place in the index array, 16 bytes a completion.
+            ring: RING_ENTRIES as usize * (64 + 4) + RING_COMPLETIONS as usize * 16,
+            scratch: Datagrams::memory(DATAGRAMS) + (RING_ENTRIES as usize) * size_of::<i32>(),
+        }
+    }
+
+    pub(crate) fn arena(&self) -> ArenaConfig {
+        ArenaConfig {
+            // With the hidden reserve in front, packets begin on a cache line.
+            headroom: (self.headroom.max(64) + HIDDEN_RESERVE).next_multiple_of(64) - HIDDEN_RESERVE,
+            tailroom: self.tailroom,
+            small_packet: self.max_packet,
+            small_slots: self.buffers,
+            large_slots: self.large_buffers,
+        }
+    }
+}
+
+/// Entries of the submission queue. A burst never has more.
+pub(super) const RING_ENTRIES: u32 = 128;
+/// Ports that a worker can have: the size of its table of registered files.
+pub(super) const MOST_PORTS: usize = 256;
+/// Entries of the completion queue: whatever is in flight fits, so that it never overflows.
+pub(super) const RING_COMPLETIONS: u32 = (2 * (RING_ENTRIES + MOST_PORTS as u32)).next_power_of_two();
+/// Datagrams per recvmmsg or sendmmsg.
+pub(super) const DATAGRAMS: usize = 64;
+
+/// The memory of one worker, in bytes, a line per use. Without the ports' own few hundred bytes each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MemoryBudget {
+    /// The arena: what is registered with the kernel and counts against RLIMIT_MEMLOCK.
+    pub buffers: usize,
+    /// Free lists, view counts, the return queue.
+    pub tables: usize,
+    /// Submission and completion queue.
+    pub ring: usize,
+    /// Arrays for datagrams and results.
+    pub scratch: usize,
+}
+
+impl MemoryBudget {
+    /// All of it.
+    pub fn total(&self) -> usize {
+        self.buffers + self.tables + self.ring + self.scratch
+    }
+}
+
+/// How packets get in and out of the kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Backend {
+    /// io_uring with registered buffers and files; kernel 6.4 and later.
+    IoUring,
+    /// poll(2) with non-blocking read(2), write(2), recvmmsg(2), sendmmsg(2); any kernel, any sandbox.
+    Syscalls,
+}
+
+/// What a worker does while no packet is there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Wait {
+    /// Sleeps in the kernel until something happens.
+    #[default]
+    Block,
+    /// Watches for `duration` without sleeping, then sleeps. [`Duration::MAX`] never sleeps. Saves the wake-up's latency for a core's time.
+    Spin {
+        /// How long to watch.
+        duration: Duration,
+    },
+}
+
+/// What runs, and why.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct BackendReport {
+    /// What runs.
+    pub backend: Backend,
+    /// Why it was chosen, or why not the other.
+    pub why: String,
+    /// Whether the buffers are registered with the ring. Not for system calls, and not where the memlock limit is too small even for a
+    /// shrunken arena.
+    pub registered_buffers: bool,
+    /// Whether the ring is entered by a registered descriptor.
+    pub registered_ring: bool,
+    /// Ordinary buffers that were granted; fewer than configured under a tight memlock limit.
+    pub buffers: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buf::SizeClass;
+
+    #[test]
+    fn default_memory_is_small() {
+        assert!(WorkerConfig::default().memory().total() <= 4 << 20);
+    }
+
+    #[test]
+    fn packets_begin_on_a_cache_line_and_get_their_room() {
+        for headroom in [0, 1, 32, 63, 64, 65, 95, 96, 97, 128, 200, 224, 256] {
+            let arena = WorkerConfig { headroom, ..WorkerConfig::default() }.arena();
+            assert_eq!(arena.data_offset() % 64, 0, "headroom {headroom}");
+            assert!(arena.headroom >= headroom.max(64), "headroom {headroom} became {}", arena.headroom);
+            assert!(arena.headroom <= headroom.max(64) + 64, "headroom {headroom} became {}", arena.headroom);
+            assert!(arena.stride(SizeClass::Small) >= arena.data_offset() + arena.small_packet + arena.tailroom + 1);
+        }
+    }
+}

@@ -1,0 +1,562 @@
+//! Floor 3: a worker moves packets between its ports, on one thread.
+
+mod burst;
+mod config;
+mod port;
+mod ring;
+mod single;
+mod syscalls;
+mod udp;
+mod waker;
+
+use std::fmt;
+use std::io;
+use std::net::UdpSocket;
+use std::os::fd::AsFd;
+use std::rc::Rc;
+use std::time::Instant;
+
+pub use config::{Backend, BackendReport, MemoryBudget, Wait, WorkerConfig};
+pub use port::{Detached, Endpoint, PortId, Sent};
+pub use single::SinglePort;
+pub(crate) use waker::WakeHandle;
+pub use waker::Waker;
+
+use crate::Mode;
+use crate::buf::{Account, Arena, ArenaConfig, Batch, LARGE_PACKET, PacketBuf, RemoteBuf, SizeClass, leak_memory};
+use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
+use crate::queue::Queue;
+use crate::stats::Counters;
+use crate::sys::socket::Datagrams;
+use config::{DATAGRAMS, MOST_PORTS};
+use port::{Port, Ports};
+use ring::RingBackend;
+use syscalls::SyscallBackend;
+
+/// One thread's packet mover: one ring, one arena of registered buffers, any number of ports.
+///
+/// A worker is made on the thread that uses it and stays there (`!Send`). Queues and sockets are attached as ports; a packet received on
+/// one port is sent on another without a copy. Other threads reach it by its [`Waker`] and by what was made [`RemoteBuf`].
+///
+/// ```no_run
+/// use tun_driver::{Batch, Builder, Mode, Worker, WorkerConfig};
+///
+/// fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     let mut queues = Builder::new("gw0", Mode::Tun).up(true).open()?.into_queues();
+///     let mut worker = Worker::new(&WorkerConfig::default())?;
+///     let port = worker.attach(queues.remove(0))?;
+///     let mut batch = Batch::with_capacity(64);
+///     loop {
+///         worker.wait(None)?;
+///         while let Some(port) = worker.next_ready() {
+///             match worker.try_recv_many(port, &mut batch) {
+///                 Ok(_) => { /* look at or change the packets of the batch, then send them somewhere */ }
+///                 Err(error) if error.is_permanent() => return Err(error.into()),
+///                 Err(error) => eprintln!("{error}"),
+///             }
+///             batch.clear();
+///         }
+///     }
+/// }
+/// ```
+///
+/// # Dropping
+/// Ends all operations in flight, waits (at most two seconds) until the kernel has let go of the buffers, and closes the queues and
+/// sockets: when it returns, this process holds the devices no more. If the kernel does not let go, the memory is leaked and counted
+/// ([`leaked_arenas`](crate::leaked_arenas)) rather than freed.
+pub struct Worker {
+    backend: Imp,
+    ports: Ports,
+    cx: Context,
+    report: BackendReport,
+    /// Buffers to promise to each port.
+    reserve: u32,
+    /// One packet at a time, for the plain calls.
+    single: Batch,
+}
+
+/// The backends. A known set of two, matched once per batch. Each supplies `receive`, `send` and `wait`; the ring also attaches, detaches
+/// and closes.
+enum Imp {
+    Ring(Box<RingBackend>),
+    Syscalls(SyscallBackend),
+}
+
+/// What the backends share.
+struct Context {
+    arena: Rc<Arena>,
+    waker: WakeHandle,
+    wait: Wait,
+    datagrams: Datagrams,
+    now: Instant,
+}
+
+impl Context {
+    /// Whether a wake-up or a stop asks the worker to return to its user.
+    fn interrupted(&self) -> bool {
+        self.waker.is_due()
+    }
+
+    fn doorbell_rang(&self) {
+        self.waker.silence();
+        self.arena.collect_returned();
+    }
+}
+
+/// Why [`Worker::wait`] returned. Several may be true at once.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Wake {
+    /// How many ports are ready; [`Worker::next_ready`] names them.
+    pub ready: usize,
+    /// The deadline has passed.
+    pub timer: bool,
+    /// Somebody called [`Waker::wake`].
+    pub woken: bool,
+    /// Somebody called [`Waker::stop`]. Stays true.
+    pub stopped: bool,
+}
+
+impl Worker {
+    /// Makes a worker for the calling thread.
+    ///
+    /// Without a forced backend, io_uring is tried first and system calls serve where it is refused or too old;
+    /// [`backend`](Self::backend) says which it is and why.
+    ///
+    /// # Errors
+    /// A setting out of range; no memory; a forced backend that this host lacks.
+    pub fn new(config: &WorkerConfig) -> Result<Self, OpenError> {
+        check(config)?;
+        let waker = WakeHandle::new()
+            .map_err(|error| OpenError::new(OpenErrorKind::DescriptorLimit, "eventfd", &error, "no descriptor for the doorbell"))?;
+        let (backend, arena, report) = match config.backend {
+            Some(Backend::IoUring) => open_ring(config, &waker)?,
+            Some(Backend::Syscalls) => open_syscalls(config, &waker, "forced".to_owned())?,
+            None => {
+                match ring::lacks()
+                    .map_err(|why| OpenError::refused(OpenErrorKind::IoUring, "uname", why))
+                    .and_then(|()| open_ring(config, &waker))
+                {
+                    Ok(opened) => opened,
+                    Err(error) => open_syscalls(config, &waker, format!("io_uring is not usable: {error}"))?,
+                }
+            }
+        };
+        let cx = Context {
+            arena: Rc::new(arena),
+            waker,
+            wait: config.wait,
+            datagrams: Datagrams::new(DATAGRAMS),
+            now: Instant::now(),
+        };
+        let reserve = u32::try_from(config.receive_reserve).unwrap_or(u32::MAX);
+        Ok(Self { backend, ports: Ports::new(), cx, report, reserve, single: Batch::with_capacity(1) })
+    }
+
+    /// What runs, and why.
+    pub fn backend(&self) -> &BackendReport {
+        &self.report
+    }
+
+    /// Takes a queue or a UDP socket as a port.
+    ///
+    /// A socket needs no preparation: all calls on it are made without blocking. A port gets a reserve of buffers that it can always
+    /// receive into ([`WorkerConfig::receive_reserve`]; less when many ports share a small arena).
+    ///
+    /// # Errors
+    /// The device's MTU is longer than the buffers; too many ports (256); no buffer left to reserve; a queue that cannot be read (its
+    /// device is gone). The endpoint is closed with the error.
+    pub fn attach(&mut self, endpoint: impl Into<Endpoint>) -> Result<PortId, OpenError> {
+        let endpoint = endpoint.into();
+        let class = self.class_for(&endpoint)?;
+        let index = self.ports.free_index();
+        if index >= MOST_PORTS {
+            let detail = format!("a worker has at most {MOST_PORTS} ports; use another worker");
+            return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
+        }
+        if self.cx.arena.open_account(index, class, self.reserve).is_none() {
+            let detail = "every buffer is promised to a port or in use; raise WorkerConfig::buffers or lower receive_reserve";
+            return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", detail));
+        }
+        let id = PortId::new(index);
+        self.ports.insert(Port::new(id, endpoint, &self.cx.arena, class));
+        if let Imp::Ring(ring) = &mut self.backend
+            && let Err(error) = ring.attach(&mut self.cx, &mut self.ports, index)
+        {
+            self.ports.remove(index);
+            self.cx.arena.close_account(index);
+            return Err(error);
+        }
+        Ok(id)
+    }
+
+    /// Gives a port's queue or socket back, with the packets that were received and not handed over yet.
+    ///
+    /// # Errors
+    /// [`PortErrorKind::Gone`] if it was detached before; [`PortErrorKind::Other`] if the kernel did not end the read in flight within two
+    /// seconds: the port then stays.
+    pub fn detach(&mut self, port: PortId) -> Result<Detached, PortError> {
+        let index = self.ports.check(port)?;
+        if let Imp::Ring(ring) = &mut self.backend
+            && !ring.detach(&mut self.cx, &mut self.ports, index)
+        {
+            return Err(PortError::new(PortErrorKind::Other, "io_uring_register(SYNC_CANCEL)", libc::ETIME));
+        }
+        let Some(port) = self.ports.remove(index) else { unreachable!("checked above") };
+        self.cx.arena.close_account(index);
+        Ok(port.into_detached(&self.cx.arena))
+    }
+
+    /// Waits until a port is ready, the deadline passes, or the waker is used; then tells which.
+    ///
+    /// `None` waits without end, a deadline in the past does not wait. A port that was ready and not emptied since is still ready. A port
+    /// whose buffers are all held elsewhere is not ready until one comes back. Signals do not end the wait.
+    ///
+    /// # Errors
+    /// Only if the kernel refuses to wait at all; the worker is then of no further use.
+    pub fn wait(&mut self, deadline: Option<Instant>) -> io::Result<Wake> {
+        loop {
+            match &mut self.backend {
+                Imp::Ring(ring) => ring.wait(&mut self.cx, &mut self.ports, deadline)?,
+                Imp::Syscalls(calls) => calls.wait(&mut self.cx, &mut self.ports, deadline)?,
+            }
+            self.cx.now = Instant::now();
+            let wake = Wake {
+                ready: self.ports.announce(),
+                timer: deadline.is_some_and(|deadline| self.cx.now >= deadline),
+                woken: self.cx.waker.take_woken(),
+                stopped: self.cx.waker.stopped(),
+            };
+            if wake.ready > 0 || wake.timer || wake.woken || wake.stopped {
+                return Ok(wake);
+            }
+        }
+    }
+
+    /// The next of the ports that the last [`wait`](Self::wait) found ready, each once, taking turns.
+    pub fn next_ready(&mut self) -> Option<PortId> {
+        self.ports.next_ready()
+    }
+
+    /// Receives into the batch: waits for the first packet only, then takes what is there, up to the batch's room.
+    ///
+    /// Returns how many packets were added at the end of the batch; 0 if the batch was full already, or if the [`Waker`] ended the wait
+    /// (the next [`wait`](Self::wait) tells).
+    ///
+    /// # Errors
+    /// Told when there are no packets to hand over first: [`PortErrorKind::Truncated`] and [`PortErrorKind::NoBuffers`] once each time
+    /// that they happen, [`PortErrorKind::Gone`] from then on at every call.
+    pub fn recv_many(&mut self, port: PortId, batch: &mut Batch) -> Result<usize, PortError> {
+        self.receive(port, batch, true)
+    }
+
+    /// Receives like [`recv_many`](Self::recv_many), but never waits: 0 if nothing is there.
+    ///
+    /// # Errors
+    /// As [`recv_many`](Self::recv_many).
+    pub fn try_recv_many(&mut self, port: PortId, batch: &mut Batch) -> Result<usize, PortError> {
+        self.receive(port, batch, false)
+    }
+
+    #[inline]
+    fn receive(&mut self, port: PortId, batch: &mut Batch, block: bool) -> Result<usize, PortError> {
+        let index = self.ports.check(port)?;
+        if batch.is_full() {
+            return Ok(0);
+        }
+        match &mut self.backend {
+            Imp::Ring(ring) => ring.receive(&mut self.cx, &mut self.ports, index, batch, block),
+            Imp::Syscalls(calls) => calls.receive(&mut self.cx, &mut self.ports, index, batch, block),
+        }
+    }
+
+    /// Sends the packets of the batch, in order, without waiting.
+    ///
+    /// What was accepted or refused is taken from the front of the batch; what remains may be sent again. A packet that the kernel refuses
+    /// for its content does not stop those behind it. Packets of other workers' arenas are sent too, from unregistered memory.
+    ///
+    /// A packet's [`peer`](PacketBuf::peer) says where a socket sends it; a queue does not look at it.
+    pub fn send_many(&mut self, port: PortId, batch: &mut Batch) -> Sent {
+        let index = match self.ports.check(port) {
+            Ok(index) => index,
+            Err(error) => return Sent { stopped: Some(error), ..Sent::default() },
+        };
+        match &mut self.backend {
+            Imp::Ring(ring) => ring.send(&mut self.cx, &mut self.ports, index, batch),
+            Imp::Syscalls(calls) => calls.send(&mut self.cx, &mut self.ports, index, batch),
+        }
+    }
+
+    /// Receives one packet into `buf`, waiting for it, and returns its length. Copies the packet once; [`recv_many`](Self::recv_many) does not.
+    ///
+    /// Returns 0 if the [`Waker`] ended the wait.
+    ///
+    /// # Errors
+    /// As [`recv_many`](Self::recv_many); also [`PortErrorKind::Truncated`] for a packet longer than `buf`: it is dropped and counted.
+    pub fn recv(&mut self, port: PortId, buf: &mut [u8]) -> Result<usize, PortError> {
+        let mut single = std::mem::replace(&mut self.single, Batch::with_capacity(0));
+        let result = self.recv_many(port, &mut single);
+        let packet = single.pop();
+        self.single = single;
+        result?;
+        let Some(packet) = packet else { return Ok(0) };
+        let Some(target) = buf.get_mut(..packet.len()) else {
+            let index = self.ports.check(port)?;
+            self.ports.at(index).counters.truncated += 1;
+            return Err(PortError::new(PortErrorKind::Truncated, "recv", libc::EMSGSIZE));
+        };
+        target.copy_from_slice(&packet);
+        Ok(packet.len())
+    }
+
+    /// Sends one packet, without waiting. Copies the packet once; [`send_many`](Self::send_many) does not.
+    ///
+    /// # Errors
+    /// The packet was not sent. [`PortErrorKind::Backpressure`], [`PortErrorKind::NoBuffers`]: it may be sent again later; every other
+    /// refusal is counted.
+    pub fn send(&mut self, port: PortId, packet: &[u8]) -> Result<(), PortError> {
+        self.ports.check(port)?;
+        if packet.len() > self.longest_packet() {
+            return Err(PortError::new(PortErrorKind::BadPacket, "send", libc::EMSGSIZE));
+        }
+        let Some(packet) = self.packet_from(packet) else {
+            return Err(PortError::new(PortErrorKind::NoBuffers, "send", libc::ENOBUFS));
+        };
+        let mut single = std::mem::replace(&mut self.single, Batch::with_capacity(0));
+        let _ = single.push(packet);
+        let sent = self.send_many(port, &mut single);
+        let _unsent = single.pop();
+        self.single = single;
+        match sent.refusal.or(sent.stopped) {
+            Some(error) => Err(error),
+            None => Ok(()),
+        }
+    }
+
+    /// A packet of `len` zero bytes with the configured headroom and tailroom. `None` if no buffer is free or `len` is beyond
+    /// [`longest_packet`](Self::longest_packet).
+    pub fn packet(&self, len: usize) -> Option<PacketBuf> {
+        let mut packet = self.empty_packet(len)?;
+        packet.grow_back(len).ok()?;
+        Some(packet)
+    }
+
+    /// A packet with these bytes, with the configured headroom and tailroom. `None` as for [`packet`](Self::packet).
+    pub fn packet_from(&self, bytes: &[u8]) -> Option<PacketBuf> {
+        let mut packet = self.empty_packet(bytes.len())?;
+        packet.append(bytes).ok()?;
+        Some(packet)
+    }
+
+    fn empty_packet(&self, len: usize) -> Option<PacketBuf> {
+        let arena = &self.cx.arena;
+        let config = arena.config();
+        let fits = |class| config.slots(class) > 0 && len < arena.read_len(class) as usize;
+        let class = [SizeClass::Small, SizeClass::Large].into_iter().find(|&class| {
+            fits(class) && arena.available(Account::NONE, class, 1) > 0
+        })?;
+        let slot = arena.check_out(Account::NONE, class)?;
+        Some(PacketBuf::whole_slot(arena, slot, 0))
+    }
+
+    /// The longest packet that this worker's buffers hold.
+    pub fn longest_packet(&self) -> usize {
+        let config = self.cx.arena.config();
+        let class = if config.large_slots > 0 { SizeClass::Large } else { SizeClass::Small };
+        self.cx.arena.read_len(class) as usize - 1
+    }
+
+    /// Makes a packet of this worker of one that travelled.
+    ///
+    /// Without a copy if it came from here; else its bytes are copied into a buffer of this worker and its own is given back.
+    ///
+    /// # Errors
+    /// Hands it back if it is a foreign one and no buffer is free or long enough.
+    pub fn import(&self, packet: RemoteBuf) -> Result<PacketBuf, RemoteBuf> {
+        if packet.is_home(self.cx.arena.shared()) {
+            return Ok(PacketBuf::from_remote_parts(&self.cx.arena, packet.into_parts()));
+        }
+        match self.packet_from(&packet) {
+            Some(mut copy) => {
+                copy.set_peer(packet.peer());
+                Ok(copy)
+            }
+            None => Err(packet),
+        }
+    }
+
+    /// A handle by which other threads wake or stop this worker.
+    pub fn waker(&self) -> Waker {
+        Waker::new(self.cx.waker.clone())
+    }
+
+    /// When the last [`wait`](Self::wait) returned: a clock that costs nothing to read, for timers.
+    pub fn now(&self) -> Instant {
+        self.cx.now
+    }
+
+    /// A port's counters; `None` if it was detached.
+    pub fn counters(&self, port: PortId) -> Option<&Counters> {
+        self.ports.find(port).map(|port| &port.counters)
+    }
+
+    /// The queue of a port, to enable or disable it, or to ask its name; `None` for a socket or a detached port.
+    ///
+    /// Do not read from its descriptor: that would take packets out of order.
+    pub fn queue(&self, port: PortId) -> Option<&Queue> {
+        match &self.ports.find(port)?.endpoint {
+            Endpoint::Queue(queue) => Some(queue),
+            Endpoint::Udp(_) => None,
+        }
+    }
+
+    /// The socket of a port, to ask its addresses or set its options; `None` for a queue or a detached port.
+    pub fn udp(&self, port: PortId) -> Option<&UdpSocket> {
+        match &self.ports.find(port)?.endpoint {
+            Endpoint::Queue(_) => None,
+            Endpoint::Udp(socket) => Some(socket),
+        }
+    }
+
+    /// The ports, in the order of their places.
+    pub fn ports(&self) -> impl Iterator<Item = PortId> + '_ {
+        self.ports.iter().map(|port| port.id)
+    }
+
+    /// (free, all) buffers of this worker.
+    pub fn buffers(&self) -> (usize, usize) {
+        self.cx.arena.occupancy()
+    }
+
+    /// Packets of this worker that were thrown away from batches ([`Batch::clear`], [`Batch::retain_mut`], dropping a batch).
+    pub fn discarded(&self) -> u64 {
+        self.cx.arena.discarded()
+    }
+
+    /// The smallest class of buffers that holds every packet of the endpoint.
+    fn class_for(&self, endpoint: &Endpoint) -> Result<SizeClass, OpenError> {
+        let Endpoint::Queue(queue) = endpoint else { return Ok(SizeClass::Small) };
+        let Some(mtu) = queue.mtu() else { return Ok(SizeClass::Small) };
+        // An Ethernet header with one VLAN tag; the packet information.
+        let link = if queue.mode() == Mode::Tap { 18 } else { 0 } + if queue.packet_info() { 4 } else { 0 };
+        let longest = mtu as usize + link;
+        let arena = &self.cx.arena;
+        if longest < arena.read_len(SizeClass::Small) as usize {
+            return Ok(SizeClass::Small);
+        }
+        if arena.config().large_slots > 0 && longest < arena.read_len(SizeClass::Large) as usize {
+            return Ok(SizeClass::Large);
+        }
+        let detail = format!(
+            "packets of {} can be {longest} bytes long, the buffers hold {}; raise WorkerConfig::max_packet, or give large_buffers",
+            queue.name(),
+            self.longest_packet()
+        );
+        Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail))
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if let Imp::Ring(ring) = &mut self.backend
+            && !ring.close(&mut self.cx, &mut self.ports)
+        {
+            leak_memory(self.cx.arena.shared());
+        }
+        // What lies in the inboxes needs no release: the tables go with the arena, or with the last packet.
+    }
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker").field("backend", &self.report.backend).field("ports", &self.ports.len()).finish_non_exhaustive()
+    }
+}
+
+type Opened = (Imp, Arena, BackendReport);
+
+/// Few enough that an arena of them is of little use; below it is better not to register at all.
+const FEWEST_REGISTERED: usize = 64;
+
+fn open_ring(config: &WorkerConfig, waker: &WakeHandle) -> Result<Opened, OpenError> {
+    let mut ring = RingBackend::new(waker.as_fd())?;
+    let wanted = config.arena();
+    let mut granted = wanted;
+    let arena = loop {
+        let arena = new_arena(granted, waker)?;
+        // SAFETY: a worker keeps the arena until its ring is closed, and leaks it if that could not be drained.
+        #[allow(unsafe_code)]
+        match unsafe { ring.register_buffers(arena.as_iovec()) } {
+            Ok(()) => break arena,
+            // The memlock limit: a smaller arena may fit below it.
+            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && granted.small_slots / 2 >= FEWEST_REGISTERED => {
+                granted.small_slots /= 2;
+                granted.large_slots /= 2;
+            }
+            Err(_) => {
+                granted = wanted;
+                break new_arena(granted, waker)?;
+            }
+        }
+    };
+    let why = match (ring.has_registered_buffers(), granted == wanted) {
+        (true, true) => "io_uring is usable".to_owned(),
+        (true, false) => format!(
+            "io_uring is usable; the memlock limit (ulimit -l) allows {} of {} registered buffers",
+            granted.small_slots, wanted.small_slots
+        ),
+        (false, _) => "io_uring is usable; the memlock limit (ulimit -l) allows no registered buffers".to_owned(),
+    };
+    let report = BackendReport {
+        backend: Backend::IoUring,
+        why,
+        registered_buffers: ring.has_registered_buffers(),
+        registered_ring: ring.has_registered_ring(),
+        buffers: granted.small_slots,
+    };
+    Ok((Imp::Ring(Box::new(ring)), arena, report))
+}
+
+fn open_syscalls(config: &WorkerConfig, waker: &WakeHandle, why: String) -> Result<Opened, OpenError> {
+    let arena = new_arena(config.arena(), waker)?;
+    let report = BackendReport {
+        backend: Backend::Syscalls,
+        why,
+        registered_buffers: false,
+        registered_ring: false,
+        buffers: config.buffers,
+    };
+    Ok((Imp::Syscalls(SyscallBackend::default()), arena, report))
+}
+
+fn new_arena(config: ArenaConfig, waker: &WakeHandle) -> Result<Arena, OpenError> {
+    Arena::new(config, waker.clone()).map_err(|error| {
+        let detail = format!("no {} bytes for packet buffers; lower WorkerConfig::buffers", config.mapping_len());
+        OpenError::new(OpenErrorKind::MemoryLimit, "mmap", &error, detail)
+    })
+}
+
+/// Refuses settings that could not work, before anything is opened.
+fn check(config: &WorkerConfig) -> Result<(), OpenError> {
+    let refuse = |detail: String| Err(OpenError::refused(OpenErrorKind::InvalidSetting, "Worker::new", detail));
+    // The most that io_uring registers as one buffer.
+    const MOST_BYTES: usize = 1 << 30;
+    const MOST_BUFFERS: usize = 1 << 20;
+    if !(16..=MOST_BUFFERS).contains(&config.buffers) || config.large_buffers > MOST_BUFFERS {
+        return refuse(format!("buffers is {} and large_buffers {}; 16 to {MOST_BUFFERS} are possible", config.buffers, config.large_buffers));
+    }
+    if !(64..=LARGE_PACKET).contains(&config.max_packet) {
+        return refuse(format!("max_packet is {}; 64 to {LARGE_PACKET} bytes are possible", config.max_packet));
+    }
+    if config.headroom > 4096 || config.tailroom > 4096 {
+        return refuse("headroom and tailroom can be at most 4096 bytes each".to_owned());
+    }
+    if config.receive_reserve == 0 {
+        return refuse("receive_reserve must be at least 1, or a port could wait for ever".to_owned());
+    }
+    let bytes = config.arena().mapping_len();
+    if bytes > MOST_BYTES {
+        return refuse(format!("the buffers would take {bytes} bytes; one gibibyte is the most"));
+    }
+    Ok(())
+}

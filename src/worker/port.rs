@@ -1,0 +1,419 @@
+//! A port: what a worker serves, with all that it remembers about it.
+
+use std::collections::VecDeque;
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::burst::{Burst, LONGEST};
+use crate::buf::{Account, Arena, Batch, PacketBuf, SizeClass};
+use crate::error::{PortError, PortErrorKind};
+use crate::queue::Queue;
+use crate::stats::Counters;
+
+/// Names a port of one worker. A name is never used twice in a process, so that a stale one is told from a new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PortId {
+    pub(super) index: u16,
+    serial: u32,
+}
+
+impl PortId {
+    pub(super) fn new(index: usize) -> Self {
+        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        Self { index: index as u16, serial: SERIAL.fetch_add(1, Ordering::Relaxed) }
+    }
+}
+
+/// What a port stands on: a queue of a TUN or TAP device, or a UDP socket.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Endpoint {
+    /// One attached queue.
+    Queue(Queue),
+    /// A bound, and perhaps connected, UDP socket.
+    Udp(UdpSocket),
+}
+
+impl Endpoint {
+    /// The queue, if it is one.
+    pub fn into_queue(self) -> Option<Queue> {
+        match self {
+            Endpoint::Queue(queue) => Some(queue),
+            Endpoint::Udp(_) => None,
+        }
+    }
+
+    /// The socket, if it is one.
+    pub fn into_udp(self) -> Option<UdpSocket> {
+        match self {
+            Endpoint::Queue(_) => None,
+            Endpoint::Udp(socket) => Some(socket),
+        }
+    }
+
+    pub(super) fn raw_fd(&self) -> RawFd {
+        match self {
+            Endpoint::Queue(queue) => queue.as_raw_fd(),
+            Endpoint::Udp(socket) => socket.as_raw_fd(),
+        }
+    }
+}
+
+impl From<Queue> for Endpoint {
+    fn from(queue: Queue) -> Self {
+        Endpoint::Queue(queue)
+    }
+}
+
+impl From<UdpSocket> for Endpoint {
+    fn from(socket: UdpSocket) -> Self {
+        Endpoint::Udp(socket)
+    }
+}
+
+/// What is left when a port was detached.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Detached {
+    /// The queue or socket, ready for another worker.
+    pub endpoint: Endpoint,
+    /// Packets that had been received and not asked for yet.
+    pub undelivered: Batch,
+    /// The port's counters at the end; `undelivered` counts as received.
+    pub counters: Counters,
+}
+
+/// What became of a batch that was sent.
+///
+/// `accepted + refused` packets were taken from its front; the rest stays in the batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use = "what was not accepted or refused is still in the batch"]
+pub struct Sent {
+    /// Packets that the kernel took.
+    pub accepted: usize,
+    /// Packets that the kernel refused for good: dropped, and counted by errno.
+    pub refused: usize,
+    /// Why the first of these was refused.
+    pub refusal: Option<PortError>,
+    /// Why sending stopped before the end of the batch, or that the device was found down.
+    pub stopped: Option<PortError>,
+}
+
+impl Sent {
+    /// Adds what became of the packets behind.
+    pub(super) fn add(&mut self, next: Sent) {
+        self.accepted += next.accepted;
+        self.refused += next.refused;
+        self.refusal = self.refusal.or(next.refusal);
+        self.stopped = next.stopped;
+    }
+}
+
+/// One packet that lies in a slot and waits to be asked for.
+#[derive(Clone, Copy)]
+struct Received {
+    slot: u32,
+    len: u32,
+}
+
+pub(super) struct Port {
+    pub(super) id: PortId,
+    pub(super) endpoint: Endpoint,
+    pub(super) fd: RawFd,
+    pub(super) account: Account,
+    pub(super) class: SizeClass,
+    pub(super) read_len: u32,
+    /// One read (queue) or poll (socket) is in flight in the ring.
+    pub(super) armed: bool,
+    pub(super) burst: Burst,
+    /// The last receive ended with a full batch: there may be more.
+    pub(super) more: bool,
+    /// Readiness that was found by polling and not used yet.
+    pub(super) readable: bool,
+    /// To be told by `next_ready`.
+    pub(super) announced: bool,
+    /// Writes depend on each other, so that back-pressure cannot make one overtake another.
+    pub(super) linked: bool,
+    pub(super) down: bool,
+    pub(super) counters: Counters,
+    inbox: VecDeque<Received>,
+    /// A permanent end, and whether it was told.
+    gone: Option<PortError>,
+    gone_told: bool,
+    /// Something to tell once.
+    notice: Option<PortError>,
+}
+
+impl Port {
+    pub(super) fn new(id: PortId, endpoint: Endpoint, arena: &Arena, class: SizeClass) -> Self {
+        Self {
+            id,
+            fd: endpoint.raw_fd(),
+            endpoint,
+            account: Account::port(usize::from(id.index)),
+            class,
+            read_len: arena.read_len(class),
+            armed: false,
+            burst: Burst::default(),
+            more: false,
+            readable: false,
+            announced: false,
+            linked: false,
+            down: false,
+            counters: Counters::default(),
+            // A burst, and the read that was armed before it.
+            inbox: VecDeque::with_capacity(LONGEST as usize + 1),
+            gone: None,
+            gone_told: false,
+            notice: None,
+        }
+    }
+
+    pub(super) fn is_udp(&self) -> bool {
+        matches!(self.endpoint, Endpoint::Udp(_))
+    }
+
+    /// Whether a receive would return at once.
+    pub(super) fn is_ready(&self) -> bool {
+        self.more
+            || self.readable
+            || !self.inbox.is_empty()
+            || self.notice.is_some()
+            || (self.gone.is_some() && !self.gone_told)
+    }
+
+    /// Packets that wait to be handed over.
+    pub(super) fn waiting(&self) -> usize {
+        self.inbox.len()
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.is_some()
+    }
+
+    /// Takes the result of a read of this port into `slot`. Returns whether the slot now holds a packet; else it was released.
+    pub(super) fn read_ended(&mut self, arena: &Arena, slot: u32, result: i32) -> bool {
+        match result {
+            len if len > 0 && (len as u32) < self.read_len => {
+                self.inbox.push_back(Received { slot, len: len as u32 });
+                return true;
+            }
+            len if len > 0 => self.truncated(),
+            0 => {}
+            error => self.failed("read", -error),
+        }
+        arena.release(slot);
+        false
+    }
+
+    /// A packet filled its buffer: more of it may be lost.
+    pub(super) fn truncated(&mut self) {
+        self.counters.truncated += 1;
+        self.notice = Some(PortError::new(PortErrorKind::Truncated, "read", libc::EMSGSIZE));
+    }
+
+    /// A receive failed.
+    pub(super) fn failed(&mut self, call: &'static str, errno: i32) {
+        match errno {
+            libc::EAGAIN => self.counters.empty_asks += 1,
+            libc::EINTR | libc::ECANCELED => {}
+            _ => {
+                let error = PortError::from_errno(call, errno);
+                if error.is_permanent() {
+                    self.gone.get_or_insert(error);
+                } else {
+                    self.notice = Some(error);
+                }
+            }
+        }
+    }
+
+    pub(super) fn starved(&mut self) {
+        self.counters.no_buffers += 1;
+        self.notice.get_or_insert(PortError::new(PortErrorKind::NoBuffers, "receive", libc::ENOBUFS));
+    }
+
+    /// Moves what lies in the inbox into the batch, as far as it goes.
+    #[inline]
+    pub(super) fn hand_over(&mut self, arena: &Rc<Arena>, batch: &mut Batch) {
+        while !batch.is_full() {
+            let Some(Received { slot, len }) = self.inbox.pop_front() else { break };
+            self.counters.received_packets += 1;
+            self.counters.received_bytes += u64::from(len);
+            // Cannot fail: the batch has room.
+            let _ = batch.push(PacketBuf::whole_slot(arena, slot, len));
+        }
+    }
+
+    /// Ends a receive that put `got` packets into the batch: packets first, errors when there are none.
+    pub(super) fn conclude(&mut self, got: usize) -> Result<usize, PortError> {
+        if got > 0 {
+            self.counters.batches += 1;
+            return Ok(got);
+        }
+        if let Some(notice) = self.notice.take() {
+            return Err(notice);
+        }
+        if let Some(gone) = self.gone {
+            self.gone_told = true;
+            return Err(gone);
+        }
+        Ok(0)
+    }
+
+    /// Whether a receive that has nothing yet should end all the same.
+    pub(super) fn has_news(&self) -> bool {
+        self.notice.is_some() || self.gone.is_some()
+    }
+
+    /// Why nothing can be sent any more.
+    pub(super) fn gone(&self) -> Option<PortError> {
+        self.gone
+    }
+
+    /// Sending found out that the device or socket is gone.
+    pub(super) fn set_gone(&mut self, error: PortError) {
+        self.gone.get_or_insert(error);
+    }
+
+    pub(super) fn into_detached(mut self, arena: &Rc<Arena>) -> Detached {
+        let mut undelivered = Batch::with_capacity(self.inbox.len());
+        self.hand_over(arena, &mut undelivered);
+        Detached { endpoint: self.endpoint, undelivered, counters: self.counters }
+    }
+}
+
+/// The ports of a worker, by index.
+pub(super) struct Ports {
+    slots: Vec<Option<Port>>,
+    scan: usize,
+}
+
+impl Ports {
+    pub(super) fn new() -> Self {
+        Self { slots: Vec::new(), scan: 0 }
+    }
+
+    pub(super) fn free_index(&self) -> usize {
+        self.slots.iter().position(Option::is_none).unwrap_or(self.slots.len())
+    }
+
+    pub(super) fn insert(&mut self, port: Port) {
+        let index = usize::from(port.id.index);
+        if index == self.slots.len() {
+            self.slots.push(None);
+        }
+        self.slots[index] = Some(port);
+    }
+
+    pub(super) fn remove(&mut self, index: usize) -> Option<Port> {
+        self.slots.get_mut(index)?.take()
+    }
+
+    pub(super) fn check(&self, id: PortId) -> Result<usize, PortError> {
+        let index = usize::from(id.index);
+        match self.slots.get(index) {
+            Some(Some(port)) if port.id == id => Ok(index),
+            _ => Err(PortError::new(PortErrorKind::Gone, "port", libc::EBADF)),
+        }
+    }
+
+    /// The port of an index that `check` gave, or that a completion named.
+    #[inline]
+    pub(super) fn at(&mut self, index: usize) -> &mut Port {
+        self.slots[index].as_mut().expect("ports are removed only after their last operation ended")
+    }
+
+    pub(super) fn find(&self, id: PortId) -> Option<&Port> {
+        self.slots.get(usize::from(id.index))?.as_ref().filter(|port| port.id == id)
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.slots.len()
+    }
+
+    pub(super) fn exists(&self, index: usize) -> bool {
+        self.slots.get(index).is_some_and(Option::is_some)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Port> {
+        self.slots.iter().flatten()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Port> {
+        self.slots.iter_mut().flatten()
+    }
+
+    pub(super) fn any_ready(&self) -> bool {
+        self.iter().any(Port::is_ready)
+    }
+
+    /// Notes which ports are ready, for `next_ready` to tell one by one. Returns how many.
+    pub(super) fn announce(&mut self) -> usize {
+        let mut ready = 0;
+        for port in self.iter_mut() {
+            port.announced = port.is_ready();
+            ready += usize::from(port.announced);
+        }
+        ready
+    }
+
+    /// The next port that was announced, beginning behind the one told last, so that none is always first.
+    pub(super) fn next_ready(&mut self) -> Option<PortId> {
+        let count = self.slots.len();
+        for step in 0..count {
+            let index = (self.scan + step) % count;
+            if let Some(port) = &mut self.slots[index]
+                && std::mem::take(&mut port.announced)
+            {
+                self.scan = index + 1;
+                return Some(port.id);
+            }
+        }
+        None
+    }
+}
+
+/// What became of the packets of one burst, from their results in order: how many from the front are done with.
+///
+/// A burst of writes that do not depend on each other runs on past a refused one. What was refused before the last accepted packet
+/// cannot be sent again without overtaking, so it is refused for good; behind it, what may be retried stays in the batch.
+pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize) -> usize, results: &[i32]) -> Sent {
+    let mut sent = Sent::default();
+    let behind_last_accepted = results.iter().rposition(|&result| result >= 0).map_or(0, |last| last + 1);
+    for (index, &result) in results.iter().enumerate() {
+        if result >= 0 && result as usize == lengths(index) {
+            sent.accepted += 1;
+            port.counters.sent_packets += 1;
+            port.counters.sent_bytes += result as u64;
+            port.down = false;
+            continue;
+        }
+        let errno = if result < 0 { -result } else { libc::EIO };
+        let error = PortError::from_errno(call, errno);
+        let retriable = matches!(errno, libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR | libc::ECANCELED);
+        if retriable && sent.stopped.is_none() {
+            port.counters.backpressure += 1;
+            port.linked = true;
+            sent.stopped = Some(error);
+        }
+        if error.is_permanent() {
+            port.set_gone(error);
+            sent.stopped = Some(error);
+        }
+        if index >= behind_last_accepted && (retriable || error.is_permanent()) {
+            return sent;
+        }
+        sent.refused += 1;
+        sent.refusal.get_or_insert(error);
+        port.counters.refused_packets += 1;
+        port.counters.refused.add(errno);
+        if error.kind() == PortErrorKind::Down {
+            port.down = true;
+            sent.stopped = Some(error);
+        }
+    }
+    sent
+}

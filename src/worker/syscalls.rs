@@ -1,0 +1,187 @@
+//! The backend without io_uring: poll(2) and non-blocking calls until empty. The same behaviour on any kernel and in any sandbox.
+#![allow(unsafe_code)]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use super::Context;
+use super::config::Wait;
+use super::port::{Ports, Sent, judge};
+use super::udp;
+use crate::buf::Batch;
+use crate::error::PortError;
+use crate::sys::fd;
+
+#[derive(Default)]
+pub(super) struct SyscallBackend {
+    /// For poll(2): the doorbell first, then the ports asked about.
+    poll_set: Vec<libc::pollfd>,
+    /// The port of each entry behind the doorbell.
+    polled: Vec<usize>,
+}
+
+impl SyscallBackend {
+    /// Receives: waits for the first packet if `block`, then takes what is there, up to the batch's room.
+    pub(super) fn receive(
+        &mut self,
+        cx: &mut Context,
+        ports: &mut Ports,
+        index: usize,
+        batch: &mut Batch,
+        block: bool,
+    ) -> Result<usize, PortError> {
+        let before = batch.len();
+        loop {
+            let port = ports.at(index);
+            port.more = false;
+            if port.is_udp() {
+                udp::receive(cx, port, batch);
+            } else {
+                read_until_empty(cx, ports, index, batch);
+            }
+            let port = ports.at(index);
+            let got = batch.len() - before;
+            if got > 0 || !block || port.has_news() || batch.is_full() {
+                return port.conclude(got);
+            }
+            if cx.interrupted() {
+                return Ok(0);
+            }
+            self.sleep(cx, ports, Some(index), None).map_err(|error| {
+                PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO))
+            })?;
+        }
+    }
+
+    /// Sends from the front of the batch.
+    pub(super) fn send(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> Sent {
+        let port = ports.at(index);
+        if port.is_udp() {
+            return udp::send(cx, port, batch);
+        }
+        let mut total = Sent::default();
+        while total.accepted + total.refused < batch.len() && total.stopped.is_none() {
+            if let Some(gone) = port.gone() {
+                total.stopped = Some(gone);
+                break;
+            }
+            let packet = &batch[total.accepted + total.refused];
+            port.counters.system_calls += 1;
+            port.counters.foreign_sent += u64::from(!packet.is_home(&cx.arena));
+            let result = match fd::write(port.fd, packet) {
+                Ok(len) => len as i32,
+                Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+            };
+            if result == -libc::EINTR {
+                continue;
+            }
+            let len = packet.len();
+            let sent = judge(port, "write", |_| len, &[result]);
+            total.add(sent);
+        }
+        batch.consume_front(total.accepted + total.refused);
+        total
+    }
+
+    /// Waits until a port is ready, the deadline, or the doorbell. Spurious returns are possible.
+    pub(super) fn wait(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) -> io::Result<()> {
+        if ports.any_ready() || cx.interrupted() {
+            // Others may have become ready meanwhile, and the doorbell wants to be heard.
+            return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
+        }
+        self.sleep(cx, ports, None, deadline)
+    }
+
+    fn sleep(
+        &mut self,
+        cx: &mut Context,
+        ports: &mut Ports,
+        only: Option<usize>,
+        deadline: Option<Instant>,
+    ) -> io::Result<()> {
+        if let Wait::Spin { duration } = cx.wait {
+            let end = Instant::now().checked_add(duration);
+            loop {
+                if self.look(cx, ports, only, Some(Duration::ZERO))? || cx.interrupted() {
+                    return Ok(());
+                }
+                let now = Instant::now();
+                if deadline.is_some_and(|deadline| now >= deadline) {
+                    return Ok(());
+                }
+                if end.is_some_and(|end| now >= end) {
+                    break;
+                }
+            }
+        }
+        let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        self.look(cx, ports, only, timeout).map(drop)
+    }
+
+    /// Polls the doorbell and the ports (or one of them). Returns whether anything was there.
+    fn look(
+        &mut self,
+        cx: &mut Context,
+        ports: &mut Ports,
+        only: Option<usize>,
+        timeout: Option<Duration>,
+    ) -> io::Result<bool> {
+        self.poll_set.clear();
+        self.polled.clear();
+        self.poll_set.push(libc::pollfd { fd: cx.waker.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 });
+        let mut starved = false;
+        for index in 0..ports.len() {
+            if !ports.exists(index) || only.is_some_and(|only| only != index) {
+                continue;
+            }
+            let port = ports.at(index);
+            if port.is_gone() || port.readable {
+                continue;
+            }
+            if cx.arena.available(port.account, port.class, 1) == 0 {
+                port.counters.no_buffers += 1;
+                starved = true;
+                continue;
+            }
+            self.poll_set.push(libc::pollfd { fd: port.fd, events: libc::POLLIN, revents: 0 });
+            self.polled.push(index);
+        }
+        if starved {
+            cx.arena.announce_hunger();
+        }
+        let found = fd::poll(&mut self.poll_set, timeout)?;
+        if self.poll_set[0].revents != 0 {
+            cx.doorbell_rang();
+        }
+        for (entry, &index) in self.poll_set[1..].iter().zip(&self.polled) {
+            ports.at(index).readable |= entry.revents != 0;
+        }
+        Ok(found > 0)
+    }
+}
+
+/// read(2) until the queue is empty or the batch full.
+fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) {
+    let port = ports.at(index);
+    while !batch.is_full() && !port.is_gone() {
+        if cx.arena.available(port.account, port.class, 1) == 0 {
+            return port.starved();
+        }
+        let Some(slot) = cx.arena.check_out(port.account, port.class) else { return port.starved() };
+        let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32);
+        port.counters.system_calls += 1;
+        // SAFETY: the slot was just checked out, so nobody else has these bytes; `read_len` of them are there.
+        let result = match unsafe { fd::read_raw(port.fd, at, port.read_len as usize) } {
+            Ok(len) => len as i32,
+            Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
+        };
+        if port.read_ended(&cx.arena, slot, result) {
+            port.hand_over(&cx.arena, batch);
+        } else if result != -libc::EINTR && result <= 0 {
+            port.readable = false;
+            return;
+        }
+    }
+    port.more = batch.is_full();
+}
