@@ -121,7 +121,7 @@ fn encode(peer: SocketAddr, name: &mut libc::sockaddr_storage) -> libc::socklen_
             let value = libc::sockaddr_in6 {
                 sin6_family: libc::AF_INET6 as libc::sa_family_t,
                 sin6_port: peer.port().to_be(),
-                sin6_flowinfo: peer.flowinfo().to_be(),
+                sin6_flowinfo: peer.flowinfo(),
                 sin6_addr: libc::in6_addr { s6_addr: peer.ip().octets() },
                 sin6_scope_id: peer.scope_id(),
             };
@@ -146,7 +146,7 @@ fn decode(name: &libc::sockaddr_storage, len: libc::socklen_t) -> Option<SocketA
             // SAFETY: the family and the length say that it is a sockaddr_in6.
             let value = unsafe { name.cast::<libc::sockaddr_in6>().read() };
             let ip = Ipv6Addr::from(value.sin6_addr.s6_addr);
-            let (port, flow) = (u16::from_be(value.sin6_port), u32::from_be(value.sin6_flowinfo));
+            let (port, flow) = (u16::from_be(value.sin6_port), value.sin6_flowinfo);
             Some(SocketAddrV6::new(ip, port, flow, value.sin6_scope_id).into())
         }
         _ => None,
