@@ -1,1 +1,710 @@
-//! Links, addresses and routes through rtnetlink.
+//! Links, addresses, routes and 64-bit counters of one network namespace, through rtnetlink.
+//!
+//! A [`Handle`] speaks `rtnetlink(7)` over a socket of its own. Calls are synchronous: each sends one request and waits for the kernel's
+//! acknowledgement, for five seconds at most. Nothing is asked of `ip(8)` or any other program.
+//!
+//! ```no_run
+//! use tun_driver::netlink::Handle;
+//!
+//! # fn main() -> std::io::Result<()> {
+//! let netlink = Handle::new()?;
+//! let index = netlink.index_of("gw0")?;
+//! netlink.add_address(index, "10.0.0.1".parse().unwrap(), 24)?;
+//! netlink.set_mtu(index, 1400)?;
+//! netlink.set_up(index, true)?;
+//! println!("{} packets read from the device", netlink.stats(index)?.tx_packets);
+//! # Ok(())
+//! # }
+//! ```
+
+use std::cell::Cell;
+use std::error;
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use netlink_packet_core::{
+    ErrorMessage, NLM_F_ACK, NLM_F_CREATE, NLM_F_DUMP, NLM_F_EXCL, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, Nla, NlasIterator,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressFlags, AddressMessage};
+use netlink_packet_route::link::{
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage, Stats64,
+};
+use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink_packet_route::route::{
+    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use netlink_sys::protocols::NETLINK_ROUTE;
+use netlink_sys::{Socket, SocketAddr};
+
+use crate::sys::fd;
+
+/// How long one request may take, all its answers included.
+const BOUND: Duration = Duration::from_secs(5);
+
+/// The kernel fills at most this much into one message to a socket that asks for no more (NLMSG_GOODSIZE is 8 KiB, dumps use up to 32 KiB).
+const MESSAGE_MAX: usize = 64 * 1024;
+
+/// An rtnetlink socket in the network namespace of the thread that made it.
+///
+/// It stays in that namespace wherever it is used later, and may travel to another thread (`Send`); one thread uses it at a time.
+///
+/// # Errors
+///
+/// Every method gives an [`io::Error`] whose inner error is a [`RequestError`]: the request by its rtnetlink name, the kernel's errno and,
+/// where the kernel adds one, its explanation. `TimedOut` if no answer came within five seconds. Common errnos: EPERM (no CAP_NET_ADMIN in
+/// this namespace), ENODEV (no such link), EEXIST (name, address or route exists), EBUSY.
+pub struct Handle {
+    socket: Socket,
+    sequence: Cell<u32>,
+}
+
+/// A network device as rtnetlink describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Link {
+    /// Its number, unique in its namespace.
+    pub index: u32,
+    /// Its name, at most 15 bytes.
+    pub name: String,
+    /// What made it: `tun`, `veth`, `bridge`, …; empty for loopback and most hardware.
+    pub kind: String,
+    /// The largest packet above the link layer, in bytes.
+    pub mtu: u32,
+    /// Administratively up (IFF_UP).
+    pub up: bool,
+    /// Up and able to carry packets (IFF_RUNNING). A TUN device without an attached queue is not.
+    pub running: bool,
+    /// The hardware address; `None` where the device has none of six bytes (TUN).
+    pub mac: Option<[u8; 6]>,
+    /// The bridge or other device that it belongs to.
+    pub master: Option<u32>,
+    /// Length of the transmit queue in packets; a TUN/TAP queue's ring has this size.
+    pub txqueuelen: u32,
+    /// Transmit queues; those of a TUN/TAP device are what user space receives from.
+    pub num_tx_queues: u32,
+    /// Receive queues.
+    pub num_rx_queues: u32,
+    /// The largest superpacket in bytes that the stack may hand to the device.
+    pub gso_max_size: Option<u32>,
+    /// The most segments in such a superpacket.
+    pub gso_max_segs: Option<u32>,
+    /// The largest superpacket in bytes that the stack may put together from what the device delivers.
+    pub gro_max_size: Option<u32>,
+    /// What only TUN/TAP devices have.
+    pub tun: Option<TunLink>,
+    /// Its counters.
+    pub stats: LinkStats,
+}
+
+/// What rtnetlink tells of a TUN/TAP device (`IFLA_TUN_*`, linux/if_link.h).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TunLink {
+    /// Ethernet frames (TAP) instead of IP packets (TUN).
+    pub tap: bool,
+    /// Opened with packet info in front of each packet.
+    pub packet_info: bool,
+    /// Opened with a virtio net header in front of each packet.
+    pub vnet_header: bool,
+    /// Stays when the last descriptor is closed.
+    pub persistent: bool,
+    /// Opened with `IFF_MULTI_QUEUE`.
+    pub multi_queue: bool,
+    /// Attached queues.
+    pub queues: u32,
+    /// Detached queues.
+    pub disabled_queues: u32,
+    /// The user that may attach without CAP_NET_ADMIN.
+    pub owner: Option<u32>,
+    /// The group that may attach without CAP_NET_ADMIN.
+    pub group: Option<u32>,
+}
+
+/// A device's counters since it was made: `struct rtnl_link_stats64` (linux/if_link.h), with the kernel's names.
+///
+/// The kernel counts from its own side: what user space sends into a TUN/TAP device are the device's `rx_…`, what user space receives from
+/// it are its `tx_…`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+#[allow(missing_docs)] // the kernel's names say it, and its header documents them
+pub struct LinkStats {
+    pub rx_packets: u64,
+    pub tx_packets: u64,
+    pub rx_bytes: u64,
+    pub tx_bytes: u64,
+    pub rx_errors: u64,
+    pub tx_errors: u64,
+    pub rx_dropped: u64,
+    pub tx_dropped: u64,
+    pub multicast: u64,
+    pub collisions: u64,
+    pub rx_length_errors: u64,
+    pub rx_over_errors: u64,
+    pub rx_crc_errors: u64,
+    pub rx_frame_errors: u64,
+    pub rx_fifo_errors: u64,
+    pub rx_missed_errors: u64,
+    pub tx_aborted_errors: u64,
+    pub tx_carrier_errors: u64,
+    pub tx_fifo_errors: u64,
+    pub tx_heartbeat_errors: u64,
+    pub tx_window_errors: u64,
+    pub rx_compressed: u64,
+    pub tx_compressed: u64,
+    pub rx_nohandler: u64,
+    pub rx_otherhost_dropped: u64,
+}
+
+/// A request that the kernel refused, or that got no answer. Found inside the [`io::Error`] of each call; see [`RequestError::of`].
+#[derive(Debug)]
+pub struct RequestError {
+    request: &'static str,
+    source: io::Error,
+    explanation: String,
+}
+
+impl Handle {
+    /// Opens a socket in the calling thread's network namespace.
+    pub fn new() -> io::Result<Self> {
+        let open = || {
+            let mut socket = Socket::new(NETLINK_ROUTE)?;
+            socket.bind_auto()?;
+            socket.connect(&SocketAddr::new(0, 0))?;
+            // Both only make refusals speak; a kernel without them (before 4.12) is no worse for it.
+            let _ = socket.set_cap_ack(true);
+            let _ = socket.set_ext_ack(true);
+            Ok(socket)
+        };
+        let socket = open().map_err(|error| failed("socket(NETLINK_ROUTE)", error))?;
+        Ok(Self {
+            socket,
+            sequence: Cell::new(0),
+        })
+    }
+
+    /// The number of the link called `name`. ENODEV if there is none.
+    pub fn index_of(&self, name: &str) -> io::Result<u32> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        self.one_link(message).map(|link| link.index)
+    }
+
+    /// The link with number `index`. ENODEV if there is none.
+    pub fn link(&self, index: u32) -> io::Result<Link> {
+        self.one_link(link_message(index))
+    }
+
+    /// All links of the namespace.
+    pub fn links(&self) -> io::Result<Vec<Link>> {
+        let answers = self.request(
+            "RTM_GETLINK (dump)",
+            RouteNetlinkMessage::GetLink(LinkMessage::default()),
+            NLM_F_DUMP,
+        )?;
+        Ok(answers.into_iter().filter_map(parse_link).collect())
+    }
+
+    /// The counters of link `index`.
+    pub fn stats(&self, index: u32) -> io::Result<LinkStats> {
+        self.link(index).map(|link| link.stats)
+    }
+
+    /// Sets a link administratively up or down.
+    pub fn set_up(&self, index: u32, up: bool) -> io::Result<()> {
+        let mut message = link_message(index);
+        message.header.change_mask = LinkFlags::Up;
+        message.header.flags = if up { LinkFlags::Up } else { LinkFlags::empty() };
+        self.act("RTM_SETLINK (up or down)", RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    /// Sets the MTU in bytes. EINVAL outside what the device takes (68 … 65,535 for TUN).
+    pub fn set_mtu(&self, index: u32, mtu: u32) -> io::Result<()> {
+        self.set("RTM_SETLINK (mtu)", index, LinkAttribute::Mtu(mtu))
+    }
+
+    /// Sets the transmit queue's length in packets. A TUN/TAP device resizes the rings of its queues; what does not fit is dropped.
+    pub fn set_txqueuelen(&self, index: u32, packets: u32) -> io::Result<()> {
+        self.set("RTM_SETLINK (txqueuelen)", index, LinkAttribute::TxQueueLen(packets))
+    }
+
+    /// Sets the hardware address. EOPNOTSUPP for devices that have none (TUN).
+    pub fn set_mac(&self, index: u32, mac: [u8; 6]) -> io::Result<()> {
+        self.set("RTM_SETLINK (address)", index, LinkAttribute::Address(mac.to_vec()))
+    }
+
+    /// Sets the largest superpacket in bytes that the stack hands to the device.
+    pub fn set_gso_max_size(&self, index: u32, bytes: u32) -> io::Result<()> {
+        self.set("RTM_SETLINK (gso_max_size)", index, LinkAttribute::GsoMaxSize(bytes))
+    }
+
+    /// Sets the largest superpacket in bytes that the stack puts together from what the device delivers.
+    pub fn set_gro_max_size(&self, index: u32, bytes: u32) -> io::Result<()> {
+        self.set("RTM_SETLINK (gro_max_size)", index, LinkAttribute::GroMaxSize(bytes))
+    }
+
+    /// Renames a link. EEXIST if the name is taken, EINVAL if the kernel takes no such name; EBUSY on kernels that want it down first.
+    pub fn rename(&self, index: u32, name: &str) -> io::Result<()> {
+        self.set("RTM_SETLINK (name)", index, LinkAttribute::IfName(name.to_owned()))
+    }
+
+    /// Makes a link a port of the bridge (or other device) `master`, or of none.
+    pub fn set_master(&self, index: u32, master: Option<u32>) -> io::Result<()> {
+        self.set(
+            "RTM_SETLINK (master)",
+            index,
+            LinkAttribute::Controller(master.unwrap_or(0)),
+        )
+    }
+
+    /// Moves a link to another network namespace. It goes down and loses its addresses; its number may change there.
+    pub fn move_to_namespace(&self, index: u32, namespace: BorrowedFd<'_>) -> io::Result<()> {
+        self.set(
+            "RTM_SETLINK (namespace)",
+            index,
+            LinkAttribute::NetNsFd(namespace.as_raw_fd()),
+        )
+    }
+
+    /// Deletes a link; of a veth pair, both ends.
+    pub fn delete(&self, index: u32) -> io::Result<()> {
+        self.act("RTM_DELLINK", RouteNetlinkMessage::DelLink(link_message(index)), 0)
+    }
+
+    /// Makes a pair of virtual Ethernet devices and returns their numbers. EEXIST if a name is taken.
+    pub fn add_veth(&self, name: &str, peer_name: &str) -> io::Result<(u32, u32)> {
+        let mut peer = LinkMessage::default();
+        peer.attributes.push(LinkAttribute::IfName(peer_name.to_owned()));
+        let info = vec![
+            LinkInfo::Kind(InfoKind::Veth),
+            LinkInfo::Data(InfoData::Veth(InfoVeth::Peer(peer))),
+        ];
+        self.add_link("RTM_NEWLINK (veth)", name, info)?;
+        Ok((self.index_of(name)?, self.index_of(peer_name)?))
+    }
+
+    /// Makes a bridge and returns its number.
+    pub fn add_bridge(&self, name: &str) -> io::Result<u32> {
+        self.add_link("RTM_NEWLINK (bridge)", name, vec![LinkInfo::Kind(InfoKind::Bridge)])?;
+        self.index_of(name)
+    }
+
+    /// Gives a link an address; the kernel adds the route to its network when the link is up. EEXIST if it has it.
+    ///
+    /// An IPv6 address is usable when this returns: duplicate address detection, which would keep it from use for about a second, is left
+    /// out (IFA_F_NODAD).
+    pub fn add_address(&self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
+        let message = RouteNetlinkMessage::NewAddress(address_message(index, address, prefix));
+        self.act("RTM_NEWADDR", message, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Takes an address from a link. EADDRNOTAVAIL if it has no such address.
+    pub fn del_address(&self, index: u32, address: IpAddr, prefix: u8) -> io::Result<()> {
+        self.act(
+            "RTM_DELADDR",
+            RouteNetlinkMessage::DelAddress(address_message(index, address, prefix)),
+            0,
+        )
+    }
+
+    /// Routes `net`/`prefix` over link `index`, through `gateway` if there is one. ENETDOWN while the link is down, EEXIST if there is
+    /// such a route. Families of `net` and `gateway` must be the same.
+    pub fn add_route(&self, net: IpAddr, prefix: u8, gateway: Option<IpAddr>, index: u32) -> io::Result<()> {
+        let mut message = route_message(net, prefix, RouteType::Unicast);
+        // IPv4 wants to know whether the destination is on the link; IPv6 does not look at it.
+        message.header.scope = if gateway.is_none() && net.is_ipv4() {
+            RouteScope::Link
+        } else {
+            RouteScope::Universe
+        };
+        message.attributes.push(RouteAttribute::Oif(index));
+        if let Some(gateway) = gateway {
+            message
+                .attributes
+                .push(RouteAttribute::Gateway(RouteAddress::from(gateway)));
+        }
+        self.act(
+            "RTM_NEWROUTE",
+            RouteNetlinkMessage::NewRoute(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+    }
+
+    /// Drops, silently, whatever is routed to `net`/`prefix`.
+    pub fn add_blackhole(&self, net: IpAddr, prefix: u8) -> io::Result<()> {
+        let message = RouteNetlinkMessage::NewRoute(route_message(net, prefix, RouteType::BlackHole));
+        self.act("RTM_NEWROUTE (blackhole)", message, NLM_F_CREATE | NLM_F_EXCL)
+    }
+
+    /// Removes the route to `net`/`prefix`. ESRCH if there is none.
+    pub fn del_route(&self, net: IpAddr, prefix: u8) -> io::Result<()> {
+        let mut message = route_message(net, prefix, RouteType::Unspec);
+        // "Any", in both: without it only a route of this protocol and scope would be found.
+        message.header.protocol = RouteProtocol::Unspec;
+        message.header.scope = RouteScope::NoWhere;
+        self.act("RTM_DELROUTE", RouteNetlinkMessage::DelRoute(message), 0)
+    }
+
+    /// Enters, for good, the hardware address that belongs to `address` on link `index`; replaces what is there.
+    pub fn add_neighbour(&self, index: u32, address: IpAddr, mac: [u8; 6]) -> io::Result<()> {
+        let mut message = NeighbourMessage::default();
+        message.header.family = family(address);
+        message.header.ifindex = index;
+        message.header.state = NeighbourState::Permanent;
+        message
+            .attributes
+            .push(NeighbourAttribute::Destination(NeighbourAddress::from(address)));
+        message
+            .attributes
+            .push(NeighbourAttribute::LinkLayerAddress(mac.to_vec()));
+        self.act(
+            "RTM_NEWNEIGH",
+            RouteNetlinkMessage::NewNeighbour(message),
+            NLM_F_CREATE | NLM_F_REPLACE,
+        )
+    }
+
+    fn one_link(&self, message: LinkMessage) -> io::Result<Link> {
+        const REQUEST: &str = "RTM_GETLINK";
+        let answers = self.request(REQUEST, RouteNetlinkMessage::GetLink(message), 0)?;
+        let link = answers.into_iter().find_map(parse_link);
+        link.ok_or_else(|| {
+            failed(
+                REQUEST,
+                io::Error::new(io::ErrorKind::InvalidData, "the answer has no link"),
+            )
+        })
+    }
+
+    fn add_link(&self, request: &'static str, name: &str, info: Vec<LinkInfo>) -> io::Result<()> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(name.to_owned()));
+        message.attributes.push(LinkAttribute::LinkInfo(info));
+        self.act(
+            request,
+            RouteNetlinkMessage::NewLink(message),
+            NLM_F_CREATE | NLM_F_EXCL,
+        )
+    }
+
+    fn set(&self, request: &'static str, index: u32, attribute: LinkAttribute) -> io::Result<()> {
+        let mut message = link_message(index);
+        message.attributes.push(attribute);
+        self.act(request, RouteNetlinkMessage::SetLink(message), 0)
+    }
+
+    fn act(&self, request: &'static str, message: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
+        self.request(request, message, flags).map(drop)
+    }
+
+    /// Sends one request and gathers its answers up to the acknowledgement or the end of the dump.
+    fn request(
+        &self,
+        request: &'static str,
+        message: RouteNetlinkMessage,
+        flags: u16,
+    ) -> io::Result<Vec<RouteNetlinkMessage>> {
+        let sequence = self.sequence.get().wrapping_add(1);
+        self.sequence.set(sequence);
+        let mut header = NetlinkHeader::default();
+        header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
+        header.sequence_number = sequence;
+        let mut message = NetlinkMessage::new(header, NetlinkPayload::InnerMessage(message));
+        message.finalize();
+        let mut bytes = vec![0; message.buffer_len()];
+        message.serialize(&mut bytes);
+
+        let deadline = Instant::now() + BOUND;
+        self.socket.send(&bytes, 0).map_err(|error| failed(request, error))?;
+        let mut answers = Vec::new();
+        loop {
+            let datagram = self.receive(deadline).map_err(|error| failed(request, error))?;
+            let mut rest = datagram.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<RouteNetlinkMessage>::deserialize(rest).map_err(|error| {
+                    failed(
+                        request,
+                        io::Error::new(io::ErrorKind::InvalidData, format!("unreadable answer: {error}")),
+                    )
+                })?;
+                // The kernel aligns each message to four bytes; the last one's padding may be missing.
+                let length = (message.header.length as usize).next_multiple_of(4).max(4);
+                rest = rest.get(length..).unwrap_or_default();
+                if message.header.sequence_number != sequence {
+                    continue; // late answer to a request that timed out
+                }
+                match message.payload {
+                    NetlinkPayload::Error(error) if error.code.is_none() => return Ok(answers),
+                    NetlinkPayload::Error(error) => return Err(refused(request, &error)),
+                    NetlinkPayload::Done(_) => return Ok(answers),
+                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    _ => {}
+                }
+            }
+        }
+    }
+
+    /// The next datagram; `TimedOut` if there is none until the deadline.
+    fn receive(&self, deadline: Instant) -> io::Result<Vec<u8>> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "the kernel did not answer within 5 s",
+                ));
+            }
+            let mut wait = [libc::pollfd {
+                fd: self.socket.as_raw_fd(),
+                events: libc::POLLIN,
+                revents: 0,
+            }];
+            if fd::poll(&mut wait, Some(left))? == 0 {
+                continue;
+            }
+            let mut buffer = Vec::with_capacity(MESSAGE_MAX);
+            match self.socket.recv(&mut buffer, libc::MSG_DONTWAIT | libc::MSG_TRUNC) {
+                Ok(length) if length > buffer.len() => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::InvalidData,
+                        "the answer is longer than 64 KiB",
+                    ));
+                }
+                Ok(_) => return Ok(buffer),
+                Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl fmt::Debug for Handle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Handle").field("fd", &self.socket.as_raw_fd()).finish()
+    }
+}
+
+impl LinkStats {
+    /// What was counted since `earlier`, counter by counter.
+    pub fn since(&self, earlier: &Self) -> Self {
+        macro_rules! difference {
+            ($($field:ident)*) => { Self { $($field: self.$field.wrapping_sub(earlier.$field)),* } };
+        }
+        difference!(rx_packets tx_packets rx_bytes tx_bytes rx_errors tx_errors rx_dropped tx_dropped multicast collisions
+            rx_length_errors rx_over_errors rx_crc_errors rx_frame_errors rx_fifo_errors rx_missed_errors
+            tx_aborted_errors tx_carrier_errors tx_fifo_errors tx_heartbeat_errors tx_window_errors
+            rx_compressed tx_compressed rx_nohandler rx_otherhost_dropped)
+    }
+}
+
+impl From<Stats64> for LinkStats {
+    fn from(stats: Stats64) -> Self {
+        macro_rules! copy {
+            ($($field:ident)*) => { Self { $($field: stats.$field),* } };
+        }
+        copy!(rx_packets tx_packets rx_bytes tx_bytes rx_errors tx_errors rx_dropped tx_dropped multicast collisions
+            rx_length_errors rx_over_errors rx_crc_errors rx_frame_errors rx_fifo_errors rx_missed_errors
+            tx_aborted_errors tx_carrier_errors tx_fifo_errors tx_heartbeat_errors tx_window_errors
+            rx_compressed tx_compressed rx_nohandler rx_otherhost_dropped)
+    }
+}
+
+impl RequestError {
+    /// The request behind an error of this module.
+    pub fn of(error: &io::Error) -> Option<&Self> {
+        error.get_ref()?.downcast_ref()
+    }
+
+    /// What was asked, by its rtnetlink name, such as `RTM_NEWADDR`.
+    pub fn request(&self) -> &'static str {
+        self.request
+    }
+
+    /// The kernel's error number; `None` where no answer came or it could not be read.
+    pub fn raw_os_error(&self) -> Option<i32> {
+        self.source.raw_os_error()
+    }
+
+    /// The kernel's own explanation (extended acknowledgement); empty where it gives none.
+    pub fn explanation(&self) -> &str {
+        &self.explanation
+    }
+}
+
+impl fmt::Display for RequestError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.request, self.source)?;
+        match self.explanation.as_str() {
+            "" => Ok(()),
+            explanation => write!(f, ": {explanation}"),
+        }
+    }
+}
+
+impl error::Error for RequestError {
+    fn source(&self) -> Option<&(dyn error::Error + 'static)> {
+        Some(&self.source)
+    }
+}
+
+fn failed(request: &'static str, source: io::Error) -> io::Error {
+    io::Error::new(
+        source.kind(),
+        RequestError {
+            request,
+            source,
+            explanation: String::new(),
+        },
+    )
+}
+
+fn refused(request: &'static str, answer: &ErrorMessage) -> io::Error {
+    const NETLINK_HEADER_LEN: usize = 16;
+    const NLMSGERR_ATTR_MSG: u16 = 1; // linux/netlink.h
+    // Behind the error code: the header of the request (nothing else of it, as NETLINK_CAP_ACK is set), then attributes.
+    let attributes = answer.header.get(NETLINK_HEADER_LEN..).unwrap_or_default();
+    let explanation = NlasIterator::new(attributes)
+        .map_while(Result::ok)
+        .find(|attribute| attribute.kind() == NLMSGERR_ATTR_MSG)
+        .map(|attribute| {
+            String::from_utf8_lossy(attribute.value())
+                .trim_end_matches('\0')
+                .to_owned()
+        });
+    let source = answer.to_io();
+    io::Error::new(
+        source.kind(),
+        RequestError {
+            request,
+            source,
+            explanation: explanation.unwrap_or_default(),
+        },
+    )
+}
+
+fn link_message(index: u32) -> LinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    message
+}
+
+fn address_message(index: u32, address: IpAddr, prefix: u8) -> AddressMessage {
+    let mut message = AddressMessage::default();
+    message.header.family = family(address);
+    message.header.prefix_len = prefix;
+    message.header.index = index;
+    // Two attributes with one meaning, unless the link is point-to-point with a peer: then they differ.
+    message.attributes.push(AddressAttribute::Local(address));
+    message.attributes.push(AddressAttribute::Address(address));
+    if address.is_ipv6() {
+        message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    }
+    message
+}
+
+fn route_message(net: IpAddr, prefix: u8, kind: RouteType) -> RouteMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(net);
+    message.header.destination_prefix_length = prefix;
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Static;
+    message.header.kind = kind;
+    if net != IpAddr::from(Ipv4Addr::UNSPECIFIED) && net != IpAddr::from(Ipv6Addr::UNSPECIFIED) {
+        message
+            .attributes
+            .push(RouteAttribute::Destination(RouteAddress::from(net)));
+    }
+    message
+}
+
+fn family(address: IpAddr) -> AddressFamily {
+    match address {
+        IpAddr::V4(_) => AddressFamily::Inet,
+        IpAddr::V6(_) => AddressFamily::Inet6,
+    }
+}
+
+fn parse_link(answer: RouteNetlinkMessage) -> Option<Link> {
+    let RouteNetlinkMessage::NewLink(message) = answer else {
+        return None;
+    };
+    let mut link = Link {
+        index: message.header.index,
+        name: String::new(),
+        kind: String::new(),
+        mtu: 0,
+        up: message.header.flags.contains(LinkFlags::Up),
+        running: message.header.flags.contains(LinkFlags::Running),
+        mac: None,
+        master: None,
+        txqueuelen: 0,
+        num_tx_queues: 0,
+        num_rx_queues: 0,
+        gso_max_size: None,
+        gso_max_segs: None,
+        gro_max_size: None,
+        tun: None,
+        stats: LinkStats::default(),
+    };
+    for attribute in message.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+            LinkAttribute::Address(address) => link.mac = address.try_into().ok(),
+            LinkAttribute::Controller(master) => link.master = Some(master).filter(|&master| master != 0),
+            LinkAttribute::TxQueueLen(packets) => link.txqueuelen = packets,
+            LinkAttribute::NumTxQueues(count) => link.num_tx_queues = count,
+            LinkAttribute::NumRxQueues(count) => link.num_rx_queues = count,
+            LinkAttribute::GsoMaxSize(bytes) => link.gso_max_size = Some(bytes),
+            LinkAttribute::GsoMaxSegs(count) => link.gso_max_segs = Some(count),
+            LinkAttribute::GroMaxSize(bytes) => link.gro_max_size = Some(bytes),
+            LinkAttribute::Stats64(stats) => link.stats = stats.into(),
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    match info {
+                        LinkInfo::Kind(kind) => link.kind = kind.to_string(),
+                        LinkInfo::Data(InfoData::Tun(attributes)) => link.tun = Some(parse_tun(&attributes)),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Some(link)
+}
+
+/// The kernel's `tun_fill_info`, attribute by attribute (linux/if_link.h, `IFLA_TUN_*`).
+fn parse_tun(attributes: &[impl Nla]) -> TunLink {
+    const IFF_TAP: u32 = 2;
+    let mut tun = TunLink::default();
+    for attribute in attributes {
+        let mut value = [0; 4];
+        let Some(bytes) = value.get_mut(..attribute.value_len()) else {
+            continue;
+        };
+        attribute.emit_value(bytes);
+        let number = match bytes.len() {
+            1 => u32::from(value[0]),
+            4 => u32::from_ne_bytes(value),
+            _ => continue,
+        };
+        match attribute.kind() {
+            1 => tun.owner = Some(number),
+            2 => tun.group = Some(number),
+            3 => tun.tap = number == IFF_TAP,
+            4 => tun.packet_info = number != 0,
+            5 => tun.vnet_header = number != 0,
+            6 => tun.persistent = number != 0,
+            7 => tun.multi_queue = number != 0,
+            8 => tun.queues = number,
+            9 => tun.disabled_queues = number,
+            _ => {}
+        }
+    }
+    tun
+}

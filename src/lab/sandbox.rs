@@ -9,7 +9,11 @@ use std::panic;
 use std::sync::OnceLock;
 use std::thread;
 
+use crate::netlink::Handle;
 use crate::sys::netns;
+
+/// The interface index of `lo` in each namespace.
+const LOOPBACK: u32 = 1;
 
 /// The inode of the network namespace that the process had before its first sandbox. Nothing in this module may touch that one.
 static HOST: OnceLock<u64> = OnceLock::new();
@@ -140,7 +144,7 @@ pub fn sysctl(name: &str, value: impl fmt::Display) -> io::Result<()> {
 
 /// Brings loopback up and keeps IPv6 from sending on its own.
 fn furnish() -> io::Result<()> {
-    crate::sys::netns::set_loopback_up().map_err(|error| told("loopback up", &error))?;
+    Handle::new()?.set_up(LOOPBACK, true)?;
     for (name, value) in [
         ("net/ipv6/conf/default/accept_dad", 0),
         ("net/ipv6/conf/default/dad_transmits", 0),

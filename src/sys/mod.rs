@@ -3,6 +3,8 @@
 
 pub(crate) mod fd;
 pub(crate) mod kernel;
+#[cfg(feature = "lab")]
+pub(crate) mod netns;
 pub(crate) mod socket;
 pub(crate) mod uring;
 
@@ -14,6 +16,3 @@ macro_rules! syscall {
     }};
 }
 pub(crate) use syscall;
-
-#[cfg(feature = "lab")]
-pub(crate) mod netns;

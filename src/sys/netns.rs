@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
+use super::syscall;
+
 /// Moves the calling thread into a new network namespace. Needs CAP_SYS_ADMIN.
 pub(crate) fn unshare_net() -> io::Result<()> {
     // SAFETY: unshare(2) takes no pointers; it changes which namespace this thread's later system calls see.
@@ -31,16 +33,4 @@ pub(crate) fn current_net() -> io::Result<OwnedFd> {
 pub(crate) fn effective_ids() -> (libc::uid_t, libc::gid_t) {
     // SAFETY: both calls take nothing and cannot fail.
     unsafe { (libc::geteuid(), libc::getegid()) }
-}
-
-/// Sets IFF_UP on `lo` of the calling thread's network namespace.
-pub(crate) fn set_loopback_up() -> io::Result<()> {
-    let socket = std::net::UdpSocket::bind((std::net::Ipv4Addr::UNSPECIFIED, 0))?;
-    // SAFETY: all zeros is a valid ifreq.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    request.ifr_name[0] = b'l' as libc::c_char;
-    request.ifr_name[1] = b'o' as libc::c_char;
-    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
-    // SAFETY: SIOCSIFFLAGS reads one whole ifreq, which lives on this stack frame.
-    unsafe { syscall!(ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &request)) }.map(drop)
 }
