@@ -7,7 +7,9 @@ mod sys;
 
 mod error;
 
+mod attach;
 mod builder;
+mod device;
 mod iface;
 mod queue;
 mod support;
@@ -29,3 +31,9 @@ pub use worker::{
     Backend, BackendReport, Detached, Endpoint, MemoryBudget, PortId, Sent, SinglePort, Wait, Wake, Waker, Worker,
     WorkerConfig,
 };
+
+pub use builder::Builder;
+pub use device::Device;
+pub use iface::{Iface, Mode};
+pub use queue::{Granted, MultiQueue, Queue};
+pub use support::{IoUringSupport, Support, TunNode};

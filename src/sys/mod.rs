@@ -2,10 +2,14 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod fd;
+pub(crate) mod host;
 pub(crate) mod kernel;
+pub(crate) mod netdevice;
 #[cfg(feature = "lab")]
 pub(crate) mod netns;
+pub(crate) mod setns;
 pub(crate) mod socket;
+pub(crate) mod tun;
 pub(crate) mod uring;
 
 /// Calls a libc function and turns -1 into the errno of this thread.

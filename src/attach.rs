@@ -1,0 +1,253 @@
+//! Opens one queue of a device, and says what the errnos of that mean.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::error::{OpenError, OpenErrorKind};
+use crate::iface::Mode;
+use crate::sys::netdevice::{ControlSocket, IfName};
+use crate::sys::tun;
+
+/// The flags that TUNSETIFF is asked for and TUNGETIFF must repeat. IFF_PERSIST and IFF_DETACH_QUEUE are states, not requests, and
+/// IFF_NO_PI it does not tell.
+pub(crate) const COMPARED: u16 =
+    tun::IFF_TUN | tun::IFF_TAP | tun::IFF_VNET_HDR | tun::IFF_MULTI_QUEUE | tun::IFF_NAPI | tun::IFF_NAPI_FRAGS;
+
+/// Opens the tun node, non-blocking. The descriptor belongs to the calling thread's network namespace.
+pub(crate) fn open_node() -> Result<OwnedFd, OpenError> {
+    const CALL: &str = "open(/dev/net/tun)";
+    tun::open_node(true).map_err(|error| {
+        let (kind, detail) = match error.raw_os_error() {
+            Some(libc::ENOENT) => (
+                OpenErrorKind::NoTunNode,
+                "the node is missing; load the driver (modprobe tun), or give the container the device (--device /dev/net/tun)",
+            ),
+            Some(libc::EACCES) => (
+                OpenErrorKind::NoTunNode,
+                "this user may not open the node; run as root, or let the user in (it is commonly mode 0666; creating a device needs CAP_NET_ADMIN in any case)",
+            ),
+            Some(libc::EPERM) => (
+                OpenErrorKind::NoTunNode,
+                "a device cgroup forbids the node; give the container the device (--device /dev/net/tun)",
+            ),
+            Some(libc::ENODEV | libc::ENXIO) => {
+                (OpenErrorKind::NoTunNode, "the node is there but the kernel has no driver behind it; load it (modprobe tun)")
+            }
+            _ => return os_error(CALL, &error),
+        };
+        OpenError::new(kind, CALL, &error, detail)
+    })
+}
+
+/// TUNSETIFF with the causes told apart, for which the control socket must be of the namespace of `fd`.
+pub(crate) fn set_iff(
+    fd: BorrowedFd<'_>,
+    name: &IfName,
+    flags: u16,
+    control: &ControlSocket,
+) -> Result<IfName, OpenError> {
+    tun::set_iff(fd, name, flags).map_err(|error| explain_set_iff(&error, name, flags, control))
+}
+
+/// TUNGETIFF of a queue just attached: it must be on the device `name`, with exactly the flags asked for. Returns all its flags, and
+/// IFF_NO_PI as asked, which only [`check_packet_info`] can check.
+pub(crate) fn verify(fd: BorrowedFd<'_>, name: &IfName, asked: u16) -> Result<u16, OpenError> {
+    const CALL: &str = "ioctl(TUNGETIFF)";
+    let (now, granted) = tun::iff(fd).map_err(|error| os_error(CALL, &error))?;
+    if now != *name {
+        // Without this check the queues opened after a rename would be those of a new device of the old name.
+        let detail =
+            format!("the device {name:?} was renamed to {now:?} while its queues were being opened; try again");
+        return Err(OpenError::refused(OpenErrorKind::NotGranted, CALL, detail));
+    }
+    let no_pi = asked & tun::IFF_NO_PI;
+    let asked = asked & COMPARED;
+    if granted & COMPARED != asked {
+        let detail = format!(
+            "asked for {}, granted {}: others hold queues of {name:?} with other flags, or the kernel does not know one of them",
+            flag_names(asked),
+            flag_names(granted & COMPARED)
+        );
+        return Err(OpenError::refused(OpenErrorKind::NotGranted, CALL, detail));
+    }
+    Ok(granted & !tun::IFF_NO_PI | no_pi)
+}
+
+/// Whether packet information is really there or not as asked. A device that nobody had before takes the flag; one that others have
+/// queues of keeps its own, without an error.
+pub(crate) fn check_packet_info(fd: BorrowedFd<'_>, name: &IfName, flags: u16) -> Result<(), OpenError> {
+    let asked = flags & tun::IFF_NO_PI == 0;
+    if packet_info(fd, flags)? == asked {
+        return Ok(());
+    }
+    let detail = format!(
+        "others hold queues of {name:?}, which was opened {} packet information; ask for packet_info({})",
+        if asked { "without" } else { "with" },
+        !asked
+    );
+    Err(OpenError::refused(
+        OpenErrorKind::NotGranted,
+        "ioctl(TUNSETIFF)",
+        detail,
+    ))
+}
+
+/// Whether packet information is in front of the packets.
+pub(crate) fn packet_info(fd: BorrowedFd<'_>, flags: u16) -> Result<bool, OpenError> {
+    const CALL: &str = "writev";
+    let found = tun::has_packet_info(fd, flags & tun::IFF_TAP != 0).map_err(|error| os_error(CALL, &error))?;
+    found.ok_or_else(|| {
+        let detail = "the kernel does not tell whether the device has packet information";
+        OpenError::refused(OpenErrorKind::Unsupported, CALL, detail)
+    })
+}
+
+/// What any call may say: out of descriptors, out of memory, unknown to the kernel.
+pub(crate) fn os_error(call: &'static str, error: &io::Error) -> OpenError {
+    let (kind, detail) = match error.raw_os_error() {
+        Some(libc::EMFILE) => (
+            OpenErrorKind::DescriptorLimit,
+            "this process has too many descriptors open; raise RLIMIT_NOFILE (ulimit -n)",
+        ),
+        Some(libc::ENFILE) => (
+            OpenErrorKind::DescriptorLimit,
+            "the system has too many files open; raise the sysctl fs.file-max",
+        ),
+        Some(libc::ENOMEM | libc::ENOBUFS) => (OpenErrorKind::MemoryLimit, "the kernel is out of memory"),
+        Some(libc::EPERM | libc::EACCES) => (OpenErrorKind::Permission, NEEDS_NET_ADMIN),
+        Some(libc::ENOTTY | libc::EOPNOTSUPP | libc::ENOSYS) => {
+            (OpenErrorKind::Unsupported, "this kernel does not know the request")
+        }
+        Some(libc::ENODEV | libc::EBADFD) => (OpenErrorKind::Other, "the device was deleted or moved away meanwhile"),
+        _ => (OpenErrorKind::Other, "unexpected error"),
+    };
+    OpenError::new(kind, call, error, detail)
+}
+
+/// The names of flags, as in linux/if_tun.h.
+pub(crate) fn flag_names(flags: u16) -> String {
+    const NAMES: [(u16, &str); 10] = [
+        (tun::IFF_TUN, "IFF_TUN"),
+        (tun::IFF_TAP, "IFF_TAP"),
+        (tun::IFF_NO_PI, "IFF_NO_PI"),
+        (tun::IFF_VNET_HDR, "IFF_VNET_HDR"),
+        (tun::IFF_MULTI_QUEUE, "IFF_MULTI_QUEUE"),
+        (tun::IFF_NAPI, "IFF_NAPI"),
+        (tun::IFF_NAPI_FRAGS, "IFF_NAPI_FRAGS"),
+        (tun::IFF_PERSIST, "IFF_PERSIST"),
+        (tun::IFF_ATTACH_QUEUE, "IFF_ATTACH_QUEUE"),
+        (tun::IFF_DETACH_QUEUE, "IFF_DETACH_QUEUE"),
+    ];
+    let set: Vec<&str> = NAMES
+        .iter()
+        .filter(|(flag, _)| flags & flag != 0)
+        .map(|&(_, name)| name)
+        .collect();
+    set.join("|")
+}
+
+const NEEDS_NET_ADMIN: &str = "the caller lacks CAP_NET_ADMIN in the user namespace that owns this network namespace; \
+     run as root, or give the program the capability (setcap cap_net_admin+ep)";
+
+fn explain_set_iff(error: &io::Error, name: &IfName, flags: u16, control: &ControlSocket) -> OpenError {
+    const CALL: &str = "ioctl(TUNSETIFF)";
+    let present = present(name, control);
+    let (kind, detail) = match error.raw_os_error() {
+        Some(libc::EPERM) if present.is_some() => (
+            OpenErrorKind::Permission,
+            format!(
+                "{name:?} belongs to another user; attaching takes being its owner or in its group, or CAP_NET_ADMIN"
+            ),
+        ),
+        Some(libc::EPERM) => (OpenErrorKind::Permission, NEEDS_NET_ADMIN.to_owned()),
+        Some(libc::EBUSY) if flags & tun::IFF_TUN_EXCL != 0 => (
+            OpenErrorKind::NameTaken,
+            match present {
+                Some(Present::Tun(mode)) => {
+                    format!(
+                        "{name:?} is the name of {} device already; attach_existing(true) attaches to it",
+                        article(mode)
+                    )
+                }
+                Some(Present::Other(what)) => {
+                    format!("{name:?} is the name of another kind of device already ({what})")
+                }
+                None => format!("{name:?} was the name of another device just now"),
+            },
+        ),
+        Some(libc::EBUSY) => (
+            OpenErrorKind::NameTaken,
+            format!("{name:?} was created with a single queue, and somebody holds it"),
+        ),
+        Some(libc::EINVAL) => match present {
+            Some(Present::Other(what)) => (
+                OpenErrorKind::NameTaken,
+                format!("{name:?} is the name of another kind of device already ({what})"),
+            ),
+            Some(Present::Tun(mode)) if mode.iff() & flags == 0 => (
+                OpenErrorKind::NameTaken,
+                format!(
+                    "{name:?} is the name of {} device already, which is the other mode",
+                    article(mode)
+                ),
+            ),
+            Some(Present::Tun(_)) if flags & tun::IFF_MULTI_QUEUE != 0 => (
+                OpenErrorKind::QueueModeMismatch,
+                format!(
+                    "{name:?} was created without IFF_MULTI_QUEUE and has one queue for good; open it with queues(1)"
+                ),
+            ),
+            Some(Present::Tun(_)) => (
+                OpenErrorKind::QueueModeMismatch,
+                format!("{name:?} was created with IFF_MULTI_QUEUE; say multi_queue(true) to attach a single queue"),
+            ),
+            None => (
+                OpenErrorKind::InvalidName,
+                format!("the kernel takes no device named {name:?}, or no such flags"),
+            ),
+        },
+        Some(libc::E2BIG) => (
+            OpenErrorKind::TooManyQueues,
+            format!(
+                "{name:?} has {} queues already, disabled ones included; a device has no more",
+                tun::MAX_QUEUES
+            ),
+        ),
+        Some(libc::ENFILE) => (
+            OpenErrorKind::NameTaken,
+            format!("no number is free for the template {name:?}"),
+        ),
+        _ => return os_error(CALL, error),
+    };
+    OpenError::new(kind, CALL, error, detail)
+}
+
+/// The device that has a name now.
+enum Present {
+    Tun(Mode),
+    Other(String),
+}
+
+fn present(name: &IfName, control: &ControlSocket) -> Option<Present> {
+    control.index(name).ok()?;
+    Some(match control.driver(name) {
+        Ok((driver, bus)) if driver == "tun" => Present::Tun(if bus == "tap" { Mode::Tap } else { Mode::Tun }),
+        Ok((driver, _)) if !driver.is_empty() => Present::Other(format!("driver {driver}")),
+        _ => Present::Other("of unknown driver".to_owned()),
+    })
+}
+
+fn article(mode: Mode) -> &'static str {
+    match mode {
+        Mode::Tun => "a TUN",
+        Mode::Tap => "a TAP",
+    }
+}
+
+/// Opens one more queue of a device that exists, in the calling thread's namespace.
+pub(crate) fn open_further(name: &IfName, asked: u16, control: &ControlSocket) -> Result<OwnedFd, OpenError> {
+    let fd = open_node()?;
+    set_iff(fd.as_fd(), name, asked, control)?;
+    verify(fd.as_fd(), name, asked)?;
+    Ok(fd)
+}

@@ -1,0 +1,548 @@
+//! Opens a device with all its queues and settings as one act.
+
+use std::fs::File;
+use std::io;
+#[cfg(feature = "netlink")]
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use crate::attach;
+use crate::device::{Device, in_netns};
+use crate::error::{OpenError, OpenErrorKind};
+use crate::iface::Mode;
+use crate::queue::{MultiQueue, QueueInfo};
+use crate::sys::netdevice::{ControlSocket, IfName};
+use crate::sys::{host, setns, tun};
+
+/// Describes a device, and opens it: all of it or nothing.
+///
+/// # Example
+///
+/// ```no_run
+/// use tun_driver::{Builder, Mode};
+///
+/// # fn main() -> Result<(), tun_driver::OpenError> {
+/// let device = Builder::new("gw%d", Mode::Tun).queues(4).mtu(1420).up(true).open()?;
+/// println!("{} has {} queues", device.name(), device.len());
+/// for queue in device.into_queues() {
+///     // Give each to its own worker.
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct Builder {
+    name: String,
+    mode: Mode,
+    queues: usize,
+    multi_queue: bool,
+    packet_info: bool,
+    attach_existing: bool,
+    persist: Option<bool>,
+    owner: Option<u32>,
+    group: Option<u32>,
+    netns: Option<Netns>,
+    mtu: Option<u32>,
+    mac: Option<[u8; 6]>,
+    txqueuelen: Option<u32>,
+    up: Option<bool>,
+    #[cfg(feature = "netlink")]
+    addresses: Vec<(IpAddr, u8)>,
+    #[cfg(feature = "netlink")]
+    routes: Vec<Route>,
+}
+
+#[derive(Debug)]
+enum Netns {
+    /// The copy of the caller's descriptor, or why there is none.
+    Descriptor(io::Result<OwnedFd>),
+    Path(PathBuf),
+}
+
+#[cfg(feature = "netlink")]
+#[derive(Clone, Copy, Debug)]
+struct Route {
+    destination: IpAddr,
+    prefix: u8,
+    gateway: Option<IpAddr>,
+}
+
+impl Builder {
+    /// A device of this name with one queue and no packet information, down, without address, and as the kernel makes it otherwise.
+    ///
+    /// The name may have one `%d`, for which the kernel puts the lowest free number, and may be empty for `tun%d` or `tap%d`. It has at
+    /// most 15 bytes, without `/`, `:`, NUL and white space; a longer one is refused, not cut.
+    pub fn new(name: &str, mode: Mode) -> Self {
+        Self {
+            name: name.to_owned(),
+            mode,
+            queues: 1,
+            multi_queue: false,
+            packet_info: false,
+            attach_existing: false,
+            persist: None,
+            owner: None,
+            group: None,
+            netns: None,
+            mtu: None,
+            mac: None,
+            txqueuelen: None,
+            up: None,
+            #[cfg(feature = "netlink")]
+            addresses: Vec::new(),
+            #[cfg(feature = "netlink")]
+            routes: Vec::new(),
+        }
+    }
+
+    /// How many queues to open, 1 (the default) to 256. One queue is opened without `IFF_MULTI_QUEUE`, and the device then has one for good.
+    pub fn queues(mut self, queues: usize) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// Opens even a single queue with `IFF_MULTI_QUEUE`, so that others may be added. Several queues always are.
+    pub fn multi_queue(mut self, multi_queue: bool) -> Self {
+        self.multi_queue = multi_queue;
+        self
+    }
+
+    /// Whether four bytes of packet information (`struct tun_pi`) are in front of each packet. Not so by default.
+    pub fn packet_info(mut self, packet_info: bool) -> Self {
+        self.packet_info = packet_info;
+        self
+    }
+
+    /// Attaches to a device of that name if there is one, instead of refusing. It must be of the same mode, and multi-queue or not, as
+    /// asked here. Its owner may do so without privilege, if the settings need none.
+    ///
+    /// What survives on a persistent device from earlier users is put back: header size, offloads, send buffer, carrier, steering and
+    /// filter programs, address filter. Not put back is what anybody may see and set: addresses, MTU, up or down.
+    pub fn attach_existing(mut self, attach: bool) -> Self {
+        self.attach_existing = attach;
+        self
+    }
+
+    /// Makes the device outlive its queues (`true`), or makes an existing persistent one go with them (`false`).
+    ///
+    /// A device made persistent belongs to the caller's effective user unless [`owner`](Self::owner) or [`group`](Self::group) say
+    /// otherwise: the kernel lets anybody attach to one that has neither. It is the last setting made, so a failure leaves nothing behind.
+    pub fn persist(mut self, persist: bool) -> Self {
+        self.persist = Some(persist);
+        self
+    }
+
+    /// The user who may attach to the device without CAP_NET_ADMIN.
+    pub fn owner(mut self, uid: u32) -> Self {
+        self.owner = Some(uid);
+        self
+    }
+
+    /// The group whose members may attach to the device without CAP_NET_ADMIN.
+    pub fn group(mut self, gid: u32) -> Self {
+        self.group = Some(gid);
+        self
+    }
+
+    /// Creates the device in this network namespace. The queues can be used from anywhere; the calling thread stays where it is.
+    ///
+    /// Takes CAP_SYS_ADMIN in the user namespaces of both sides. The node `/dev/net/tun` is that of the caller.
+    pub fn netns(mut self, netns: impl AsFd) -> Self {
+        self.netns = Some(Netns::Descriptor(netns.as_fd().try_clone_to_owned()));
+        self
+    }
+
+    /// Like [`netns`](Self::netns), by a file such as `/run/netns/blue` (made by `ip netns add blue`) or `/proc/1234/ns/net`.
+    pub fn netns_path(mut self, path: impl Into<PathBuf>) -> Self {
+        self.netns = Some(Netns::Path(path.into()));
+        self
+    }
+
+    /// The largest IP packet in bytes: 68 … 65535 for TUN, 68 … 65521 for TAP. 1500 by default.
+    pub fn mtu(mut self, mtu: u32) -> Self {
+        self.mtu = Some(mtu);
+        self
+    }
+
+    /// The Ethernet address of a TAP device. Random by default.
+    pub fn mac(mut self, mac: [u8; 6]) -> Self {
+        self.mac = Some(mac);
+        self
+    }
+
+    /// How many packets the kernel keeps in each queue before it drops. 500 (TUN) or 1000 (TAP) by default.
+    pub fn txqueuelen(mut self, packets: u32) -> Self {
+        self.txqueuelen = Some(packets);
+        self
+    }
+
+    /// Sets the device up (or down, if it exists) once it is configured. A new one is down by default.
+    pub fn up(mut self, up: bool) -> Self {
+        self.up = Some(up);
+        self
+    }
+
+    /// Adds an address with the length of its prefix. May be called again for more.
+    #[cfg(feature = "netlink")]
+    pub fn address(mut self, address: impl Into<IpAddr>, prefix: u8) -> Self {
+        self.addresses.push((address.into(), prefix));
+        self
+    }
+
+    /// Adds a route through the device to `destination`/`prefix`, by way of `gateway` if there is one. The device must be
+    /// [`up`](Self::up). May be called again for more.
+    #[cfg(feature = "netlink")]
+    pub fn route(mut self, destination: impl Into<IpAddr>, prefix: u8, gateway: Option<IpAddr>) -> Self {
+        self.routes.push(Route {
+            destination: destination.into(),
+            prefix,
+            gateway,
+        });
+        self
+    }
+
+    /// Opens the device and all its queues, and applies the settings. Flags are read back from each queue and compared.
+    ///
+    /// If any step fails, everything opened is closed, and a device that was created here is gone. Settings changed on a device that
+    /// existed before ([`attach_existing`](Self::attach_existing)) stay changed.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`] names the call and the likely cause. The most common ones are [`Permission`](OpenErrorKind::Permission) (EPERM:
+    /// creating a device takes CAP_NET_ADMIN), [`NameTaken`](OpenErrorKind::NameTaken) (EBUSY) and
+    /// [`NoTunNode`](OpenErrorKind::NoTunNode) (ENOENT, EACCES).
+    pub fn open(&self) -> Result<MultiQueue, OpenError> {
+        self.validate()?;
+        match &self.netns {
+            None => self.open_here(None),
+            Some(netns) => {
+                let file = netns.file()?;
+                let entrance = file.try_clone().map_err(|error| attach::os_error("dup", &error))?;
+                in_netns(&file, || self.open_here(Some(entrance)))?
+            }
+        }
+    }
+
+    fn validate(&self) -> Result<(), OpenError> {
+        let refused = |kind, detail: &str| Err(OpenError::refused(kind, "Builder::open", detail));
+        if let Some(why) = invalid_name(&self.name) {
+            return refused(
+                OpenErrorKind::InvalidName,
+                &format!("{:?} is no name for a device: {why}", self.name),
+            );
+        }
+        if self.queues == 0 {
+            return refused(OpenErrorKind::InvalidSetting, "a device has at least one queue");
+        }
+        if self.queues > tun::MAX_QUEUES {
+            let detail = format!("{} queues asked; a device has at most {}", self.queues, tun::MAX_QUEUES);
+            let error = io::Error::from_raw_os_error(libc::E2BIG);
+            return Err(OpenError::new(
+                OpenErrorKind::TooManyQueues,
+                "Builder::open",
+                &error,
+                detail,
+            ));
+        }
+        if self.mac.is_some() && self.mode == Mode::Tun {
+            return refused(
+                OpenErrorKind::InvalidSetting,
+                "a TUN device has no Ethernet address; mac() is for TAP",
+            );
+        }
+        #[cfg(feature = "netlink")]
+        {
+            for (address, prefix) in self
+                .addresses
+                .iter()
+                .copied()
+                .chain(self.routes.iter().map(|route| (route.destination, route.prefix)))
+            {
+                if prefix > if address.is_ipv4() { 32 } else { 128 } {
+                    let detail = format!("{address}/{prefix}: the prefix is longer than the address");
+                    return refused(OpenErrorKind::InvalidSetting, &detail);
+                }
+            }
+            if self.up != Some(true) && !self.attach_existing && !self.routes.is_empty() {
+                return refused(
+                    OpenErrorKind::InvalidSetting,
+                    "routes need the device to be up; say up(true)",
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens in the namespace of the calling thread.
+    fn open_here(&self, entrance: Option<File>) -> Result<MultiQueue, OpenError> {
+        let control = ControlSocket::new().map_err(|error| attach::os_error("socket(AF_UNIX)", &error))?;
+        let asked = self.flags();
+        let Opened {
+            fds,
+            name,
+            mut flags,
+            attached,
+        } = self.open_queues(asked, &control)?;
+        if attached {
+            reset(&fds, self.mode)?;
+        }
+        let device = Device::here(control, &name, flags, entrance)?;
+        self.configure(&fds, &device)?;
+        #[cfg(feature = "netlink")]
+        self.configure_network(&device)?;
+        // Last, so that nothing that fails leaves a device behind.
+        self.apply_persist(&fds, &mut flags)?;
+        let mtu = device
+            .mtu()
+            .map_err(|error| attach::os_error("ioctl(SIOCGIFMTU)", &error))?;
+        let info = QueueInfo::new(&name, flags, Some(mtu));
+        Ok(MultiQueue::opened(fds, info, flags, device))
+    }
+
+    fn flags(&self) -> u16 {
+        let mut flags = self.mode.iff();
+        if !self.packet_info {
+            flags |= tun::IFF_NO_PI;
+        }
+        if self.queues > 1 || self.multi_queue {
+            flags |= tun::IFF_MULTI_QUEUE;
+        }
+        flags
+    }
+
+    fn open_queues(&self, asked: u16, control: &ControlSocket) -> Result<Opened, OpenError> {
+        let mut fds = Vec::with_capacity(self.queues);
+        let first = attach::open_node()?;
+        let wanted = IfName::truncated(&self.name);
+        let mut attached = false;
+        // Exclusive, so that we know whether the device is ours.
+        let name = match attach::set_iff(first.as_fd(), &wanted, asked | tun::IFF_TUN_EXCL, control) {
+            Err(error) if self.attach_existing && error.raw_os_error() == Some(libc::EBUSY) => {
+                attached = true;
+                attach::set_iff(first.as_fd(), &wanted, asked, control)?
+            }
+            result => result?,
+        };
+        fds.push(first);
+        for _ in 1..self.queues {
+            fds.push(attach::open_further(&name, asked, control)?);
+        }
+        // Only now: the first one too must still be on the device of this name.
+        let mut flags = 0;
+        for fd in &fds {
+            flags = attach::verify(fd.as_fd(), &name, asked)?;
+        }
+        if attached {
+            attach::check_packet_info(fds[0].as_fd(), &name, asked)?;
+        }
+        Ok(Opened {
+            fds,
+            name,
+            flags,
+            attached,
+        })
+    }
+
+    fn configure(&self, fds: &[OwnedFd], device: &Device) -> Result<(), OpenError> {
+        let first = fds[0].as_fd();
+        if let Some(uid) = self.owner {
+            tun::set_owner(first, uid)
+                .map_err(|error| setting_error("ioctl(TUNSETOWNER)", &error, "no such user id"))?;
+        }
+        if let Some(gid) = self.group {
+            tun::set_group(first, gid)
+                .map_err(|error| setting_error("ioctl(TUNSETGROUP)", &error, "no such group id"))?;
+        }
+        if let Some(mac) = self.mac {
+            device.set_mac(mac).map_err(|error| {
+                setting_error(
+                    "ioctl(SIOCSIFHWADDR)",
+                    &error,
+                    "an Ethernet address of a device is neither multicast nor zero",
+                )
+            })?;
+        }
+        if let Some(mtu) = self.mtu {
+            let limit = match self.mode {
+                Mode::Tun => 65_535,
+                Mode::Tap => 65_521,
+            };
+            device.set_mtu(mtu).map_err(|error| {
+                setting_error(
+                    "ioctl(SIOCSIFMTU)",
+                    &error,
+                    &format!("an MTU of {mtu}; the kernel takes 68 to {limit}"),
+                )
+            })?;
+        }
+        if let Some(packets) = self.txqueuelen {
+            device.set_txqueuelen(packets).map_err(|error| {
+                setting_error(
+                    "ioctl(SIOCSIFTXQLEN)",
+                    &error,
+                    &format!("a queue of {packets} packets is more than the kernel can hold"),
+                )
+            })?;
+        }
+        if let Some(up) = self.up {
+            device
+                .set_up(up)
+                .map_err(|error| setting_error("ioctl(SIOCSIFFLAGS)", &error, "the device does not come up"))?;
+        }
+        Ok(())
+    }
+
+    fn apply_persist(&self, fds: &[OwnedFd], flags: &mut u16) -> Result<(), OpenError> {
+        let first = fds[0].as_fd();
+        let is_persistent = *flags & tun::IFF_PERSIST != 0;
+        match self.persist {
+            Some(true) if !is_persistent => {
+                if self.owner.is_none() && self.group.is_none() {
+                    tun::set_owner(first, host::effective_uid())
+                        .map_err(|error| attach::os_error("ioctl(TUNSETOWNER)", &error))?;
+                }
+                tun::set_persist(first, true).map_err(|error| attach::os_error("ioctl(TUNSETPERSIST)", &error))?;
+                *flags |= tun::IFF_PERSIST;
+            }
+            Some(false) if is_persistent => {
+                tun::set_persist(first, false).map_err(|error| attach::os_error("ioctl(TUNSETPERSIST)", &error))?;
+                *flags &= !tun::IFF_PERSIST;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+struct Opened {
+    fds: Vec<OwnedFd>,
+    name: IfName,
+    flags: u16,
+    /// The device was there before.
+    attached: bool,
+}
+
+impl Netns {
+    fn file(&self) -> Result<File, OpenError> {
+        let (result, call, detail) = match self {
+            Netns::Descriptor(Ok(fd)) => (
+                fd.try_clone(),
+                "dup",
+                "the namespace's descriptor cannot be copied".to_owned(),
+            ),
+            Netns::Descriptor(Err(error)) => {
+                // io::Error is not Clone; the errno is all there is to it.
+                let error = io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EBADF));
+                (
+                    Err(error),
+                    "dup",
+                    "the namespace's descriptor cannot be copied".to_owned(),
+                )
+            }
+            Netns::Path(path) => (
+                setns::open(path).map(OwnedFd::from),
+                "open(netns)",
+                format!(
+                    "there is no network namespace at {}, or this user may not open it",
+                    path.display()
+                ),
+            ),
+        };
+        result
+            .map(File::from)
+            .map_err(|error| OpenError::new(OpenErrorKind::Namespace, call, &error, detail))
+    }
+}
+
+/// Puts back what a persistent device keeps from whoever had it before. What older kernels do not know, they do not keep.
+fn reset(fds: &[OwnedFd], mode: Mode) -> Result<(), OpenError> {
+    let first = fds[0].as_fd();
+    let must = |call, result: io::Result<()>| result.map_err(|error| attach::os_error(call, &error));
+    must("ioctl(TUNSETOFFLOAD)", tun::set_offload(first, 0))?;
+    must(
+        "ioctl(TUNSETVNETHDRSZ)",
+        tun::set_vnet_hdr_size(first, tun::VNET_HDR_SIZE_DEFAULT),
+    )?;
+    must("ioctl(TUNSETSNDBUF)", tun::set_send_buffer(first, i32::MAX))?;
+    let known = |call, result: io::Result<()>| match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => Ok(()),
+        result => must(call, result),
+    };
+    known("ioctl(TUNSETCARRIER)", tun::set_carrier(first, true))?;
+    known("ioctl(TUNSETSTEERINGEBPF)", tun::clear_steering(first))?;
+    known("ioctl(TUNSETFILTEREBPF)", tun::clear_filter(first))?;
+    if mode == Mode::Tap {
+        must("ioctl(TUNSETTXFILTER)", tun::clear_address_filter(first))?;
+    }
+    Ok(())
+}
+
+fn setting_error(call: &'static str, error: &io::Error, invalid: &str) -> OpenError {
+    match error.raw_os_error() {
+        Some(libc::EINVAL | libc::ERANGE | libc::EADDRNOTAVAIL) => {
+            OpenError::new(OpenErrorKind::InvalidSetting, call, error, invalid)
+        }
+        _ => attach::os_error(call, error),
+    }
+}
+
+/// Why the kernel would refuse the name (dev_valid_name and dev_alloc_name of net/core/dev.c), or cut it.
+fn invalid_name(name: &str) -> Option<&'static str> {
+    if name.len() > IfName::MAX_LEN {
+        return Some("it has more than 15 bytes");
+    }
+    if name == "." || name == ".." {
+        return Some("it is a directory");
+    }
+    if name.bytes().any(|byte| byte == 0) {
+        return Some("it has a NUL inside");
+    }
+    // isspace() of the kernel works on Latin-1, where 0xa0 is a space.
+    if name
+        .bytes()
+        .any(|byte| matches!(byte, b'/' | b':' | b' ' | b'\t'..=b'\r' | 0xa0))
+    {
+        return Some("it has a slash, a colon, white space or the byte 0xa0 in it");
+    }
+    match name.split_once('%') {
+        Some((_, rest)) if !rest.starts_with('d') || rest.contains('%') => {
+            Some("a percent sign must be that of a single %d")
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::invalid_name;
+
+    #[test]
+    fn names_that_the_kernel_takes_are_valid() {
+        for name in ["", "tun0", "gw%d", "%d", "123456789012345", "ünï", "a.b-c_d"] {
+            assert_eq!(invalid_name(name), None, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn names_that_the_kernel_refuses_or_cuts_are_invalid() {
+        // "à" is C3 A0 in UTF-8.
+        for name in [
+            "1234567890123456",
+            ".",
+            "..",
+            "a/b",
+            "a:b",
+            "a b",
+            "a\tb",
+            "a\nb",
+            "a\0b",
+            "%",
+            "%s",
+            "%d%d",
+            "à",
+        ] {
+            assert!(invalid_name(name).is_some(), "{name:?}");
+        }
+    }
+}

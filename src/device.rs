@@ -1,0 +1,188 @@
+//! Settings of an open device.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use crate::attach;
+use crate::error::{OpenError, OpenErrorKind};
+use crate::iface::Mode;
+use crate::queue::{Queue, QueueInfo};
+use crate::sys::netdevice::{ControlSocket, IfName};
+use crate::sys::setns::{self, NetnsId};
+use crate::sys::tun;
+
+/// The settings of a device, apart from its queues: a handle for the control side, which any thread may hold and copy.
+///
+/// It speaks of the device by its index, in the network namespace where the device was when this handle was made, so it follows a device
+/// that is renamed, and does not follow one that is moved to another namespace. It keeps no queue and no device alive: once the device
+/// is gone every call says ENODEV.
+///
+/// Changing a setting takes CAP_NET_ADMIN (EPERM without it), asking does not. The calls are the ioctls of netdevice(7).
+#[derive(Clone, Debug)]
+pub struct Device {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    control: ControlSocket,
+    index: u32,
+    mode: Mode,
+    packet_info: bool,
+    multi_queue: bool,
+    /// Where the device is, if /proc could tell.
+    netns: Option<NetnsId>,
+    /// The way there, if it is not where the device was opened from.
+    entrance: Option<File>,
+}
+
+impl Device {
+    /// A handle for the device `name` of the namespace that `control` belongs to and the caller's thread is in.
+    pub(crate) fn here(
+        control: ControlSocket,
+        name: &IfName,
+        flags: u16,
+        entrance: Option<File>,
+    ) -> Result<Self, OpenError> {
+        let index = control
+            .index(name)
+            .map_err(|error| attach::os_error("ioctl(SIOCGIFINDEX)", &error))?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                control,
+                index,
+                mode: Mode::from_iff(flags),
+                packet_info: flags & tun::IFF_NO_PI == 0,
+                multi_queue: flags & tun::IFF_MULTI_QUEUE != 0,
+                netns: NetnsId::current().ok(),
+                entrance,
+            }),
+        })
+    }
+
+    /// The interface index, which stays the same while the device lives and stays in its namespace.
+    pub fn index(&self) -> u32 {
+        self.inner.index
+    }
+
+    /// Whether it carries IP packets or Ethernet frames.
+    pub fn mode(&self) -> Mode {
+        self.inner.mode
+    }
+
+    /// What the device is called now.
+    pub fn current_name(&self) -> io::Result<String> {
+        Ok(self.name()?.lossy().into_owned())
+    }
+
+    /// The largest IP packet, in bytes.
+    pub fn mtu(&self) -> io::Result<u32> {
+        self.inner.control.mtu(&self.name()?)
+    }
+
+    /// Changes the MTU: 68 … 65535 for TUN, 68 … 65521 for TAP, else EINVAL.
+    pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
+        self.inner.control.set_mtu(&self.name()?, mtu)
+    }
+
+    /// How many packets the kernel keeps in each queue before it drops: the `txqueuelen`, 500 (TUN) or 1000 (TAP) at first.
+    pub fn txqueuelen(&self) -> io::Result<u32> {
+        self.inner.control.tx_queue_len(&self.name()?)
+    }
+
+    /// Changes the length of every queue, in packets. Packets that find no room in a shorter queue are lost and counted nowhere.
+    pub fn set_txqueuelen(&self, packets: u32) -> io::Result<()> {
+        self.inner.control.set_tx_queue_len(&self.name()?, packets)
+    }
+
+    /// The Ethernet address; `None` for TUN, which has none.
+    pub fn mac(&self) -> io::Result<Option<[u8; 6]>> {
+        match self.inner.mode {
+            Mode::Tun => Ok(None),
+            Mode::Tap => self.inner.control.mac(&self.name()?).map(Some),
+        }
+    }
+
+    /// Changes the Ethernet address of a TAP device: EADDRNOTAVAIL for a multicast address or all zero, EINVAL for TUN.
+    pub fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
+        match self.inner.mode {
+            Mode::Tun => Err(io::Error::from_raw_os_error(libc::EINVAL)),
+            Mode::Tap => self.inner.control.set_mac(&self.name()?, mac),
+        }
+    }
+
+    /// Whether the device is set up.
+    pub fn is_up(&self) -> io::Result<bool> {
+        self.inner.control.is_up(&self.name()?)
+    }
+
+    /// Sets the device up or down. While it is down nothing arrives and writing fails with EIO; the queues stay attached.
+    pub fn set_up(&self, up: bool) -> io::Result<()> {
+        self.inner.control.set_up(&self.name()?, up)
+    }
+
+    /// Opens one more queue of this multi-queue device. Takes being the device's owner or in its group, or CAP_NET_ADMIN.
+    ///
+    /// # Errors
+    ///
+    /// [`QueueModeMismatch`](OpenErrorKind::QueueModeMismatch) if it was created without `IFF_MULTI_QUEUE`,
+    /// [`TooManyQueues`](OpenErrorKind::TooManyQueues) beyond 256, [`Namespace`](OpenErrorKind::Namespace) where the calling thread is
+    /// in another network namespace than the device and may not enter that one, and those of [`Builder::open`](crate::Builder::open).
+    pub fn add_queue(&self) -> Result<Queue, OpenError> {
+        const CALL: &str = "ioctl(TUNSETIFF)";
+        let inner = &*self.inner;
+        let name = self
+            .name()
+            .map_err(|error| attach::os_error("ioctl(SIOCGIFNAME)", &error))?;
+        if !inner.multi_queue {
+            let detail = format!("{name:?} was created without IFF_MULTI_QUEUE and has one queue for good");
+            return Err(OpenError::refused(OpenErrorKind::QueueModeMismatch, CALL, detail));
+        }
+        let asked = inner.mode.iff() | tun::IFF_MULTI_QUEUE | if inner.packet_info { 0 } else { tun::IFF_NO_PI };
+        let open = || attach::open_further(&name, asked, &inner.control);
+        let fd = if NetnsId::current().ok() == inner.netns {
+            open()?
+        } else if let Some(entrance) = &inner.entrance {
+            in_netns(entrance, open)??
+        } else {
+            let detail = "the calling thread is in another network namespace than the device";
+            return Err(OpenError::refused(OpenErrorKind::Namespace, CALL, detail));
+        };
+        // A device of that name was opened; is it this one? A rename between the two calls would have made a new device.
+        match self.name() {
+            Ok(now) if now == name => {}
+            _ => {
+                let detail = format!("{name:?} was renamed or deleted meanwhile; try again");
+                return Err(OpenError::refused(OpenErrorKind::NotGranted, CALL, detail));
+            }
+        }
+        let info = QueueInfo {
+            name: name.lossy().into_owned(),
+            mode: inner.mode,
+            packet_info: inner.packet_info,
+            multi_queue: true,
+            mtu: inner.control.mtu(&name).ok(),
+        };
+        Ok(Queue::new(fd, Arc::new(info)))
+    }
+
+    fn name(&self) -> io::Result<IfName> {
+        self.inner.control.name(self.inner.index)
+    }
+}
+
+/// Runs `work` on a thread of its own inside the namespace.
+pub(crate) fn in_netns<T: Send>(netns: &File, work: impl FnOnce() -> T + Send) -> Result<T, OpenError> {
+    setns::run_in(netns.as_fd(), work).map_err(|error| {
+        let detail = match error.raw_os_error() {
+            Some(libc::EPERM) => {
+                "this user may not enter the network namespace; it takes CAP_SYS_ADMIN in the user namespaces of both sides"
+            }
+            Some(libc::EINVAL) => "the file is not a network namespace",
+            _ => "the network namespace could not be entered",
+        };
+        OpenError::new(OpenErrorKind::Namespace, "setns(CLONE_NEWNET)", &error, detail)
+    })
+}
