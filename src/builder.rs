@@ -11,6 +11,8 @@ use crate::attach;
 use crate::device::{Device, in_netns};
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
+#[cfg(feature = "netlink")]
+use crate::netlink::{Handle, RequestError};
 use crate::queue::{MultiQueue, QueueInfo};
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::{host, setns, tun};
@@ -288,9 +290,7 @@ impl Builder {
             reset(&fds, self.mode)?;
         }
         let device = Device::here(control, &name, flags, entrance)?;
-        self.configure(&fds, &device)?;
-        #[cfg(feature = "netlink")]
-        self.configure_network(&device)?;
+        self.configure(&fds, &device, attached)?;
         // Last, so that nothing that fails leaves a device behind.
         self.apply_persist(&fds, &mut flags)?;
         let mtu = device
@@ -344,7 +344,7 @@ impl Builder {
         })
     }
 
-    fn configure(&self, fds: &[OwnedFd], device: &Device) -> Result<(), OpenError> {
+    fn configure(&self, fds: &[OwnedFd], device: &Device, attached: bool) -> Result<(), OpenError> {
         let first = fds[0].as_fd();
         if let Some(uid) = self.owner {
             tun::set_owner(first, uid)
@@ -385,10 +385,49 @@ impl Builder {
                 )
             })?;
         }
+        #[cfg(feature = "netlink")]
+        self.add_addresses(device, attached)?;
         if let Some(up) = self.up {
             device
                 .set_up(up)
                 .map_err(|error| setting_error("ioctl(SIOCSIFFLAGS)", &error, "the device does not come up"))?;
+        }
+        // Routes over a device that is down are refused.
+        #[cfg(feature = "netlink")]
+        self.add_routes(device, attached)?;
+        #[cfg(not(feature = "netlink"))]
+        let _ = attached;
+        Ok(())
+    }
+
+    #[cfg(feature = "netlink")]
+    fn add_addresses(&self, device: &Device, attached: bool) -> Result<(), OpenError> {
+        if self.addresses.is_empty() {
+            return Ok(());
+        }
+        let netlink = Handle::new().map_err(|error| netlink_error(&error, String::new()))?;
+        for &(address, prefix) in &self.addresses {
+            let result = netlink.add_address(device.index(), address, prefix);
+            there_already(result, attached).map_err(|error| netlink_error(&error, format!("{address}/{prefix}")))?;
+        }
+        Ok(())
+    }
+
+    #[cfg(feature = "netlink")]
+    fn add_routes(&self, device: &Device, attached: bool) -> Result<(), OpenError> {
+        if self.routes.is_empty() {
+            return Ok(());
+        }
+        let netlink = Handle::new().map_err(|error| netlink_error(&error, String::new()))?;
+        for &Route {
+            destination,
+            prefix,
+            gateway,
+        } in &self.routes
+        {
+            let result = netlink.add_route(destination, prefix, gateway, device.index());
+            there_already(result, attached)
+                .map_err(|error| netlink_error(&error, format!("the route to {destination}/{prefix}")))?;
         }
         Ok(())
     }
@@ -485,6 +524,42 @@ fn setting_error(call: &'static str, error: &io::Error, invalid: &str) -> OpenEr
         }
         _ => attach::os_error(call, error),
     }
+}
+
+/// A device that existed before may well have the address or route: then there is nothing to do.
+#[cfg(feature = "netlink")]
+fn there_already(result: io::Result<()>, attached: bool) -> io::Result<()> {
+    match result {
+        Err(error) if attached && netlink_errno(&error) == Some(libc::EEXIST) => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(feature = "netlink")]
+fn netlink_error(error: &io::Error, subject: String) -> OpenError {
+    let call = RequestError::of(error).map_or("rtnetlink", RequestError::request);
+    let Some(errno) = netlink_errno(error) else {
+        return OpenError::refused(OpenErrorKind::Other, call, format!("{subject}: {error}"));
+    };
+    let source = io::Error::from_raw_os_error(errno);
+    let detail = match errno {
+        libc::EEXIST => format!("{subject} is there already, on this or another device"),
+        libc::ENETUNREACH | libc::EHOSTUNREACH => format!("{subject}: the gateway cannot be reached over this device"),
+        libc::ENETDOWN => format!("{subject}: the device is down; say up(true)"),
+        libc::EINVAL | libc::EADDRNOTAVAIL => {
+            format!("{subject}: the kernel does not take it (host bits set, an MTU below 1280 with IPv6, …): {error}")
+        }
+        libc::EACCES | libc::EOPNOTSUPP | libc::EAFNOSUPPORT => {
+            format!("{subject}: this address family is off (sysctl net.ipv6.conf.all.disable_ipv6)")
+        }
+        _ => return attach::os_error(call, &source),
+    };
+    OpenError::new(OpenErrorKind::InvalidSetting, call, &source, detail)
+}
+
+#[cfg(feature = "netlink")]
+fn netlink_errno(error: &io::Error) -> Option<i32> {
+    RequestError::of(error).map_or(error.raw_os_error(), RequestError::raw_os_error)
 }
 
 /// Why the kernel would refuse the name (dev_valid_name and dev_alloc_name of net/core/dev.c), or cut it.
