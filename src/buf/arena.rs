@@ -1,7 +1,7 @@
 //! The arena: one mapping, two classes of slots, free lists without atomics, and a return queue for buffers that other threads held.
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::io;
 use std::ptr::NonNull;
 use std::sync::Arc;
@@ -64,8 +64,9 @@ impl ArenaConfig {
 
     /// Bytes of the tables beside the mapping.
     pub(crate) fn tables_len(&self) -> usize {
-        // views, owner, free-list entry, and for the return queue a count and a link.
-        (self.small_slots + self.large_slots) * 5 * size_of::<u32>()
+        // State and free-list entry, and for the return queue a count and a link.
+        (self.small_slots + self.large_slots) * (size_of::<SlotState>() + 3 * size_of::<u32>())
+            + MOST_ACCOUNTS * size_of::<Reserve>()
     }
 }
 
@@ -92,6 +93,48 @@ impl Account {
 
     pub(crate) const fn port(index: usize) -> Account {
         Account(index as u32)
+    }
+}
+
+/// Ports that can have an account.
+pub(crate) const MOST_ACCOUNTS: usize = 256;
+
+/// The state of one slot: how many views it has, and whom it is charged to.
+#[derive(Clone, Copy)]
+struct SlotState {
+    views: u32,
+    owner: Account,
+}
+
+/// The free slots of one class, used from the end so that warm ones are used again first.
+struct FreeList {
+    slots: Box<[Cell<u32>]>,
+    len: Cell<u32>,
+}
+
+impl FreeList {
+    /// All slots of `range`, the first one on top.
+    fn of(range: std::ops::Range<u32>) -> Self {
+        let len = Cell::new(range.len() as u32);
+        Self { slots: range.rev().map(Cell::new).collect(), len }
+    }
+
+    fn len(&self) -> u32 {
+        self.len.get()
+    }
+
+    #[inline]
+    fn push(&self, slot: u32) {
+        let len = self.len.get();
+        self.slots[len as usize].set(slot);
+        self.len.set(len + 1);
+    }
+
+    #[inline]
+    fn pop(&self) -> Option<u32> {
+        let len = self.len.get().checked_sub(1)?;
+        self.len.set(len);
+        Some(self.slots[len as usize].get())
     }
 }
 
@@ -195,10 +238,9 @@ impl Shared {
 pub(crate) struct Arena {
     shared: Arc<Shared>,
     small_stride: u32,
-    views: Box<[Cell<u32>]>,
-    owner: Box<[Cell<Account>]>,
-    free: [RefCell<Vec<u32>>; 2],
-    reserves: RefCell<Vec<Reserve>>,
+    slots: Box<[Cell<SlotState>]>,
+    free: [FreeList; 2],
+    reserves: Box<[Cell<Reserve>]>,
     /// Per class: slots promised to ports and not taken up by them.
     unfilled: [Cell<u32>; 2],
     /// Packets thrown away from a batch.
@@ -224,16 +266,12 @@ impl Arena {
             waker,
         };
         let small = config.small_slots as u32;
-        // Popped from the end, so that the first slots are used first and stay warm.
-        let small_free: Vec<u32> = (0..small).rev().collect();
-        let large_free: Vec<u32> = (small..total as u32).rev().collect();
         Ok(Self {
             shared: Arc::new(shared),
             small_stride: config.stride(SizeClass::Small) as u32,
-            views: (0..total).map(|_| Cell::new(0)).collect(),
-            owner: (0..total).map(|_| Cell::new(Account::NONE)).collect(),
-            free: [RefCell::new(small_free), RefCell::new(large_free)],
-            reserves: RefCell::new(Vec::new()),
+            slots: (0..total).map(|_| Cell::new(SlotState { views: 0, owner: Account::NONE })).collect(),
+            free: [FreeList::of(0..small), FreeList::of(small..total as u32)],
+            reserves: (0..MOST_ACCOUNTS).map(|_| Cell::new(Reserve::EMPTY)).collect(),
             unfilled: [Cell::new(0), Cell::new(0)],
             discarded: Cell::new(0),
         })
@@ -285,32 +323,24 @@ impl Arena {
     /// Promises `wanted` slots to a port, or as many as half of what is not promised yet. `None` if that is not even one.
     pub(crate) fn open_account(&self, index: usize, class: SizeClass, wanted: u32) -> Option<u32> {
         self.collect_returned();
-        let mut reserves = self.reserves.borrow_mut();
-        if reserves.len() <= index {
-            reserves.resize(index + 1, Reserve::EMPTY);
-        }
-        let left = self.free[class as usize].borrow().len() as u32 - self.unfilled[class as usize].get();
-        let promised = wanted.min(left / 2);
+        let unfilled = &self.unfilled[class as usize];
+        let promised = wanted.min((self.free[class as usize].len() - unfilled.get()) / 2);
         if promised == 0 {
             return None;
         }
         // Buffers that an earlier port of this index still has out stay charged to the account.
-        let held = reserves[index].held;
-        let reserve = Reserve { class, promised, held };
-        reserves[index] = reserve;
-        let unfilled = &self.unfilled[class as usize];
+        let reserve = Reserve { class, promised, held: self.reserves[index].get().held };
+        self.reserves[index].set(reserve);
         unfilled.set(unfilled.get() + reserve.unfilled());
         Some(promised)
     }
 
     /// Ends the promise to a port. What it holds goes home as it is released.
     pub(crate) fn close_account(&self, index: usize) {
-        let mut reserves = self.reserves.borrow_mut();
-        if let Some(reserve) = reserves.get_mut(index) {
-            let unfilled = &self.unfilled[reserve.class as usize];
-            unfilled.set(unfilled.get() - reserve.unfilled());
-            reserve.promised = 0;
-        }
+        let reserve = self.reserves[index].get();
+        let unfilled = &self.unfilled[reserve.class as usize];
+        unfilled.set(unfilled.get() - reserve.unfilled());
+        self.reserves[index].set(Reserve { promised: 0, ..reserve });
     }
 
     /// How many slots of `class` the account may take now, at most `most`.
@@ -324,42 +354,50 @@ impl Arena {
     }
 
     fn available_now(&self, account: Account, class: SizeClass) -> u32 {
-        let free = self.free[class as usize].borrow().len() as u32;
-        let spare = free - self.unfilled[class as usize].get();
-        match self.reserves.borrow().get(account.0 as usize) {
-            Some(reserve) if reserve.class == class => spare + reserve.unfilled(),
-            _ => spare,
+        let spare = self.free[class as usize].len() - self.unfilled[class as usize].get();
+        match self.reserve_of(account, class) {
+            Some(reserve) => spare + reserve.get().unfilled(),
+            None => spare,
         }
     }
 
+    /// The account's promise, if it has one of this class.
+    #[inline]
+    fn reserve_of(&self, account: Account, class: SizeClass) -> Option<&Cell<Reserve>> {
+        self.reserves.get(account.0 as usize).filter(|reserve| reserve.get().class == class)
+    }
+
     /// Takes a slot for `account`, with one view. `None` when the account has no right to any that is left.
+    #[inline]
     pub(crate) fn check_out(&self, account: Account, class: SizeClass) -> Option<u32> {
-        let mut free = self.free[class as usize].borrow_mut();
+        let free = &self.free[class as usize];
         let unfilled = &self.unfilled[class as usize];
-        let spare = free.len() as u32 > unfilled.get();
-        let mut reserves = self.reserves.borrow_mut();
-        let owner = match reserves.get_mut(account.0 as usize) {
-            Some(reserve) if reserve.class == class && (reserve.unfilled() > 0 || spare) => {
-                if reserve.unfilled() > 0 {
-                    unfilled.set(unfilled.get() - 1);
+        let spare = free.len() > unfilled.get();
+        let owner = match self.reserve_of(account, class) {
+            Some(cell) => {
+                let reserve = cell.get();
+                match reserve.unfilled() {
+                    0 if !spare => return None,
+                    0 => {}
+                    _ => unfilled.set(unfilled.get() - 1),
                 }
-                reserve.held += 1;
+                cell.set(Reserve { held: reserve.held + 1, ..reserve });
                 account
             }
             // Slots of a class that the port was promised none of are charged to nobody.
-            _ if spare => Account::NONE,
-            _ => return None,
+            None if spare => Account::NONE,
+            None => return None,
         };
         let slot = free.pop()?;
-        self.views[slot as usize].set(1);
-        self.owner[slot as usize].set(owner);
+        self.slots[slot as usize].set(SlotState { views: 1, owner });
         Some(slot)
     }
 
     /// Adds a view of `slot`.
     pub(crate) fn add_view(&self, slot: u32) {
-        let views = &self.views[slot as usize];
-        views.set(views.get() + 1);
+        let cell = &self.slots[slot as usize];
+        let state = cell.get();
+        cell.set(SlotState { views: state.views + 1, ..state });
     }
 
     /// Ends one view of `slot`; the last one frees it.
@@ -368,25 +406,30 @@ impl Arena {
         self.release_views(slot, 1);
     }
 
+    #[inline]
     fn release_views(&self, slot: u32, count: u32) {
-        let views = &self.views[slot as usize];
-        debug_assert!(views.get() >= count);
-        views.set(views.get() - count);
-        if views.get() == 0 {
-            self.check_in(slot);
+        let cell = &self.slots[slot as usize];
+        let state = cell.get();
+        debug_assert!(state.views >= count);
+        let views = state.views - count;
+        cell.set(SlotState { views, ..state });
+        if views == 0 {
+            self.check_in(slot, state.owner);
         }
     }
 
-    fn check_in(&self, slot: u32) {
-        let account = self.owner[slot as usize].get();
-        if let Some(reserve) = self.reserves.borrow_mut().get_mut(account.0 as usize) {
+    #[inline]
+    fn check_in(&self, slot: u32, owner: Account) {
+        if let Some(cell) = self.reserves.get(owner.0 as usize) {
+            let mut reserve = cell.get();
             reserve.held -= 1;
+            cell.set(reserve);
             if reserve.held < reserve.promised {
                 let unfilled = &self.unfilled[reserve.class as usize];
                 unfilled.set(unfilled.get() + 1);
             }
         }
-        self.free[self.class_of(slot) as usize].borrow_mut().push(slot);
+        self.free[self.class_of(slot) as usize].push(slot);
     }
 
     /// Takes in what other threads gave back.
@@ -414,7 +457,7 @@ impl Arena {
     /// (free, total) slots over both classes.
     pub(crate) fn occupancy(&self) -> (usize, usize) {
         self.collect_returned();
-        (self.free.iter().map(|list| list.borrow().len()).sum(), self.views.len())
+        (self.free.iter().map(|list| list.len() as usize).sum(), self.slots.len())
     }
 }
 

@@ -75,7 +75,9 @@ impl Batch {
 
     /// Discards all packets, and counts them.
     pub fn clear(&mut self) {
-        self.discard_front(self.packets.len());
+        for packet in self.packets.drain(..) {
+            packet.arena().count_discarded(1);
+        }
     }
 
     /// Drops the first `count` packets: the kernel has taken them, or refused them and that was counted.
@@ -83,11 +85,6 @@ impl Batch {
         self.packets.drain(..count);
     }
 
-    fn discard_front(&mut self, count: usize) {
-        for packet in self.packets.drain(..count) {
-            packet.arena().count_discarded(1);
-        }
-    }
 }
 
 impl Deref for Batch {

@@ -12,7 +12,7 @@ mod batch;
 mod packet;
 mod remote;
 
-pub(crate) use arena::{Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, SizeClass, leak_memory};
+pub(crate) use arena::{Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, MOST_ACCOUNTS, SizeClass, leak_memory};
 pub use arena::leaked_arenas;
 pub use batch::{Batch, Drain};
 pub use packet::{NoRoom, PacketBuf};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::buf::{ArenaConfig, HIDDEN_RESERVE};
+use crate::buf::{ArenaConfig, HIDDEN_RESERVE, MOST_ACCOUNTS};
 use crate::sys::socket::Datagrams;
 
 /// How a worker is made. All fields have defaults that fit plain packets up to an MTU of 1500.
@@ -77,7 +77,7 @@ impl WorkerConfig {
 /// Entries of the submission queue. A burst never has more.
 pub(super) const RING_ENTRIES: u32 = 128;
 /// Ports that a worker can have: the size of its table of registered files.
-pub(super) const MOST_PORTS: usize = 256;
+pub(super) const MOST_PORTS: usize = MOST_ACCOUNTS;
 /// Entries of the completion queue: whatever is in flight fits, so that it never overflows.
 pub(super) const RING_COMPLETIONS: u32 = (2 * (RING_ENTRIES + MOST_PORTS as u32)).next_power_of_two();
 /// Datagrams per recvmmsg or sendmmsg.

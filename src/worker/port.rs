@@ -184,11 +184,6 @@ impl Port {
             || (self.gone.is_some() && !self.gone_told)
     }
 
-    /// Packets that wait to be handed over.
-    pub(super) fn waiting(&self) -> usize {
-        self.inbox.len()
-    }
-
     pub(super) fn is_gone(&self) -> bool {
         self.gone.is_some()
     }
@@ -206,6 +201,19 @@ impl Port {
         }
         arena.release(slot);
         false
+    }
+
+    /// Puts the result of a read straight into the batch, if it is a packet that may go there. `false`: nothing was done.
+    #[inline]
+    pub(super) fn deliver(&mut self, arena: &Rc<Arena>, slot: u32, result: i32, batch: &mut Batch) -> bool {
+        let fits = result > 0 && (result as u32) < self.read_len && self.inbox.is_empty() && !batch.is_full();
+        if fits {
+            self.counters.received_packets += 1;
+            self.counters.received_bytes += result as u64;
+            // Cannot fail: the batch has room.
+            let _ = batch.push(PacketBuf::whole_slot(arena, slot, result as u32));
+        }
+        fits
     }
 
     /// A packet filled its buffer: more of it may be lost.

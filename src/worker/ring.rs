@@ -41,6 +41,13 @@ pub(super) struct RingBackend {
     ring: IoUring,
     handle: RingHandle,
     registered_buffers: bool,
+    books: Books,
+    /// The ring cannot be entered any more: the errno.
+    broken: Option<i32>,
+}
+
+/// What is in flight.
+struct Books {
     doorbell_armed: bool,
     /// Entries pushed whose completion was not reaped yet.
     outstanding: usize,
@@ -48,8 +55,42 @@ pub(super) struct RingBackend {
     sending: usize,
     /// Results of the current burst of writes, by place.
     results: Box<[i32]>,
-    /// The ring cannot be entered any more: the errno.
-    broken: Option<i32>,
+}
+
+impl Books {
+    /// Files a completion. Returns whether it tells of something to receive.
+    fn file(&mut self, cx: &mut Context, ports: &mut Ports, completion: &io_uring::cqueue::Entry) -> bool {
+        self.outstanding -= 1;
+        let (tag, result) = (Tag(completion.user_data()), completion.result());
+        match tag.kind() {
+            Tag::BURST => return ports.at(tag.port()).read_ended(&cx.arena, tag.value(), result),
+            Tag::ARMED => {
+                let port = ports.at(tag.port());
+                port.armed = false;
+                if port.read_ended(&cx.arena, tag.value(), result) {
+                    port.burst.woke();
+                    return true;
+                }
+            }
+            Tag::SOCKET => {
+                let port = ports.at(tag.port());
+                port.armed = false;
+                port.readable = result > 0;
+                return port.readable;
+            }
+            Tag::WRITE => {
+                self.sending -= 1;
+                self.results[tag.value() as usize] = result;
+            }
+            Tag::DOORBELL => {
+                self.doorbell_armed = false;
+                cx.doorbell_rang();
+            }
+            Tag::CHECK => self.results[0] = result,
+            _ => debug_assert!(false, "a completion that nobody asked for"),
+        }
+        false
+    }
 }
 
 /// A write's result that has not come yet.
@@ -126,10 +167,12 @@ impl RingBackend {
             ring,
             handle,
             registered_buffers: false,
-            doorbell_armed: false,
-            outstanding: 0,
-            sending: 0,
-            results: vec![PENDING; RING_ENTRIES as usize].into(),
+            books: Books {
+                doorbell_armed: false,
+                outstanding: 0,
+                sending: 0,
+                results: vec![PENDING; RING_ENTRIES as usize].into(),
+            },
             broken: None,
         })
     }
@@ -174,14 +217,14 @@ impl RingBackend {
             .rw_flags(libc::RWF_NOWAIT)
             .build()
             .user_data(Tag::new(Tag::CHECK, index as u16, 0));
-        self.results[0] = PENDING;
+        self.books.results[0] = PENDING;
         self.push(&entry);
-        while self.results[0] == PENDING && self.broken.is_none() {
+        while self.books.results[0] == PENDING && self.broken.is_none() {
             self.enter(1, true, None);
             self.reap(cx, ports);
         }
         cx.arena.release(slot);
-        let result = self.results[0];
+        let result = self.books.results[0];
         if result < 0 {
             let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
             let error = io::Error::from_raw_os_error(if result == PENDING { libc::EIO } else { -result });
@@ -273,7 +316,7 @@ impl RingBackend {
         cx: &mut Context,
         ports: &mut Ports,
         index: usize,
-        batch: &Batch,
+        batch: &mut Batch,
         in_hand: bool,
         block: bool,
     ) -> bool {
@@ -290,8 +333,9 @@ impl RingBackend {
         let most = next.min(batch.room() as u32);
         let can = cx.arena.available(port.account, port.class, most);
         let mut asked = 0;
-        for _ in 0..can {
-            let Some(slot) = cx.arena.check_out(port.account, port.class) else { break };
+        while asked < can
+            && let Some(slot) = cx.arena.check_out(port.account, port.class)
+        {
             let entry = self.read_entry(cx, port, slot, libc::RWF_NOWAIT);
             self.push(&entry.user_data(Tag::new(Tag::BURST, port.id.index, slot)));
             asked += 1;
@@ -303,12 +347,9 @@ impl RingBackend {
             return false;
         }
         port.counters.system_calls += 1;
-        let before = port.waiting();
         self.enter(0, false, None);
-        self.reap(cx, ports);
-        let port = ports.at(index);
-        let got = (port.waiting() - before) as u32;
-        port.burst.answered(asked, got);
+        let got = self.reap_burst(cx, ports, index, batch);
+        ports.at(index).burst.answered(asked, got);
         got == asked
     }
 
@@ -335,8 +376,8 @@ impl RingBackend {
     }
 
     fn arm_doorbell(&mut self) {
-        if !self.doorbell_armed {
-            self.doorbell_armed = true;
+        if !self.books.doorbell_armed {
+            self.books.doorbell_armed = true;
             let entry = opcode::PollAdd::new(Fixed(DOORBELL), libc::POLLIN as u32).build();
             self.push(&entry.user_data(Tag::DOORBELL));
         }
@@ -381,14 +422,14 @@ impl RingBackend {
                     opcode::Write::new(file, at, len).offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
                 };
                 let linked = if port.linked && place + 1 < count { Flags::IO_LINK } else { Flags::empty() };
-                self.results[place] = PENDING;
-                self.sending += 1;
+                self.books.results[place] = PENDING;
+                self.books.sending += 1;
                 self.push(&entry.flags(linked).user_data(Tag::new(Tag::WRITE, port.id.index, place as u32)));
             }
             port.counters.system_calls += 1;
             self.enter(0, port.linked, None);
             self.reap(cx, ports);
-            while self.sending > 0 && self.broken.is_none() {
+            while self.books.sending > 0 && self.broken.is_none() {
                 self.enter(1, true, None);
                 self.reap(cx, ports);
             }
@@ -401,7 +442,7 @@ impl RingBackend {
                 break;
             }
             let port = ports.at(index);
-            let sent = judge(port, "write", |place| batch[place].len(), &self.results[..count]);
+            let sent = judge(port, "write", |place| batch[place].len(), &self.books.results[..count]);
             batch.consume_front(sent.accepted + sent.refused);
             total.add(sent);
         }
@@ -500,7 +541,7 @@ impl RingBackend {
                 return;
             }
         }
-        self.outstanding += 1;
+        self.books.outstanding += 1;
     }
 
     /// Enters the kernel: submits all that was pushed, and waits for `complete` completions if not zero. Returns early on a signal and on
@@ -544,37 +585,27 @@ impl RingBackend {
         let mut completions = self.ring.completion();
         completions.sync();
         for completion in &mut completions {
-            self.outstanding -= 1;
-            let (tag, result) = (Tag(completion.user_data()), completion.result());
-            match tag.kind() {
-                Tag::BURST => news += usize::from(ports.at(tag.port()).read_ended(&cx.arena, tag.value(), result)),
-                Tag::ARMED => {
-                    let port = ports.at(tag.port());
-                    port.armed = false;
-                    if port.read_ended(&cx.arena, tag.value(), result) {
-                        port.burst.woke();
-                        news += 1;
-                    }
-                }
-                Tag::SOCKET => {
-                    let port = ports.at(tag.port());
-                    port.armed = false;
-                    port.readable = result > 0;
-                    news += usize::from(port.readable);
-                }
-                Tag::WRITE => {
-                    self.sending -= 1;
-                    self.results[tag.value() as usize] = result;
-                }
-                Tag::DOORBELL => {
-                    self.doorbell_armed = false;
-                    cx.doorbell_rang();
-                }
-                Tag::CHECK => self.results[0] = result,
-                _ => debug_assert!(false, "a completion that nobody asked for"),
-            }
+            news += usize::from(self.books.file(cx, ports, &completion));
         }
         news
+    }
+
+    /// Takes all completions; packets of a burst on port `index`, whose inbox is empty, go straight into the batch. Returns how many these were.
+    fn reap_burst(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> u32 {
+        let mut got = 0;
+        let mut completions = self.ring.completion();
+        completions.sync();
+        for completion in &mut completions {
+            let (tag, result) = (Tag(completion.user_data()), completion.result());
+            let burst = tag.0 >> 32 == Tag::new(Tag::BURST, index as u16, 0) >> 32;
+            if burst && ports.at(index).deliver(&cx.arena, tag.value(), result, batch) {
+                self.books.outstanding -= 1;
+                got += 1;
+            } else {
+                got += u32::from(self.books.file(cx, ports, &completion) && burst);
+            }
+        }
+        got
     }
 
     /// Cancels all, waits for the kernel to let go, unregisters. `false` if it did not let go within the bound: the memory must stay.
@@ -585,9 +616,9 @@ impl RingBackend {
         queue.sync();
         let unsubmitted = queue.len();
         drop(queue);
-        if self.outstanding > unsubmitted {
+        if self.books.outstanding > unsubmitted {
             let _ = self.ring.submitter().register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), CancelBuilder::any());
-            while self.outstanding > unsubmitted && Instant::now() < deadline {
+            while self.books.outstanding > unsubmitted && Instant::now() < deadline {
                 // Not through `enter`: nothing more may be submitted, and a broken ring may still complete.
                 let _ = self.handle.enter(0, 1, true, Some(DRAIN_BOUND / 20));
                 self.reap(cx, ports);
@@ -598,7 +629,7 @@ impl RingBackend {
         if self.registered_buffers {
             let _ = self.ring.submitter().unregister_buffers();
         }
-        self.outstanding <= unsubmitted
+        self.books.outstanding <= unsubmitted
     }
 }
 
