@@ -54,12 +54,22 @@ pub enum OpenErrorKind {
 impl OpenError {
     /// An error from `call` with the errno that `source` carries.
     pub(crate) fn new(kind: OpenErrorKind, call: &'static str, source: &io::Error, detail: impl Into<String>) -> Self {
-        Self { kind, call, errno: source.raw_os_error(), detail: detail.into() }
+        Self {
+            kind,
+            call,
+            errno: source.raw_os_error(),
+            detail: detail.into(),
+        }
     }
 
     /// An error that this library found itself, before or after asking the kernel.
     pub(crate) fn refused(kind: OpenErrorKind, call: &'static str, detail: impl Into<String>) -> Self {
-        Self { kind, call, errno: None, detail: detail.into() }
+        Self {
+            kind,
+            call,
+            errno: None,
+            detail: detail.into(),
+        }
     }
 
     /// The likely cause.
@@ -178,12 +188,19 @@ impl fmt::Display for PortError {
             PortErrorKind::Gone => "the device or socket is gone; detach the port",
             PortErrorKind::Down => "the device is down; bring it up (ip link set … up) and send again",
             PortErrorKind::Backpressure => "the receiver is full; wait for the port, then send the rest",
-            PortErrorKind::Truncated => "a packet was longer than the buffers of this worker and was dropped; raise WorkerConfig::max_packet or lower the MTU",
+            PortErrorKind::Truncated => {
+                "a packet was longer than the buffers of this worker and was dropped; raise WorkerConfig::max_packet or lower the MTU"
+            }
             PortErrorKind::BadPacket => "the kernel refused the packet's content; it was dropped",
             PortErrorKind::NoBuffers => "no free buffer; give packets back or raise WorkerConfig::buffers",
             PortErrorKind::Other => "unexpected error",
         };
-        write!(f, "{}: {}: {advice}", self.call, io::Error::from_raw_os_error(self.errno))
+        write!(
+            f,
+            "{}: {}: {advice}",
+            self.call,
+            io::Error::from_raw_os_error(self.errno)
+        )
     }
 }
 

@@ -1,5 +1,7 @@
 //! What happened on a port, in numbers.
 
+use std::fmt;
+
 /// Counters of one port since it was attached.
 ///
 /// The books balance: what the kernel handed over is `received_packets + truncated`, and what was given to `send` or `send_many` and
@@ -36,7 +38,7 @@ pub struct Counters {
 }
 
 /// A small table of error numbers and how often each was seen.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct ErrnoCounts {
     entries: [(i32, u64); Self::KINDS],
     others: u64,
@@ -58,7 +60,9 @@ impl ErrnoCounts {
 
     /// How often `errno` was seen.
     pub fn count(&self, errno: i32) -> u64 {
-        self.iter().find(|&(seen, _)| seen == errno).map_or(0, |(_, count)| count)
+        self.iter()
+            .find(|&(seen, _)| seen == errno)
+            .map_or(0, |(_, count)| count)
     }
 
     /// (errno, count) in the order in which they were first seen.
@@ -69,6 +73,12 @@ impl ErrnoCounts {
     /// Those beyond the errnos that are told apart.
     pub fn others(&self) -> u64 {
         self.others
+    }
+}
+
+impl fmt::Debug for ErrnoCounts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.iter()).finish()
     }
 }
 

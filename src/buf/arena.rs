@@ -46,7 +46,11 @@ impl ArenaConfig {
         };
         let need = self.data_offset() + packet + 1 + self.tailroom;
         // A slot that straddles fewer pages costs fewer segments of the registered region per operation.
-        if need <= 4096 { need.next_power_of_two() } else { need.next_multiple_of(4096) }
+        if need <= 4096 {
+            need.next_power_of_two()
+        } else {
+            need.next_multiple_of(4096)
+        }
     }
 
     pub(crate) fn slots(&self, class: SizeClass) -> usize {
@@ -58,7 +62,10 @@ impl ArenaConfig {
 
     /// Bytes of the mapping.
     pub(crate) fn mapping_len(&self) -> usize {
-        let sum = SizeClass::ALL.iter().map(|&class| self.stride(class) * self.slots(class)).sum::<usize>();
+        let sum = SizeClass::ALL
+            .iter()
+            .map(|&class| self.stride(class) * self.slots(class))
+            .sum::<usize>();
         sum.next_multiple_of(4096)
     }
 
@@ -116,7 +123,10 @@ impl FreeList {
     /// All slots of `range`, the first one on top.
     fn of(range: std::ops::Range<u32>) -> Self {
         let len = Cell::new(range.len() as u32);
-        Self { slots: range.rev().map(Cell::new).collect(), len }
+        Self {
+            slots: range.rev().map(Cell::new).collect(),
+            len,
+        }
     }
 
     fn len(&self) -> u32 {
@@ -147,7 +157,11 @@ struct Reserve {
 }
 
 impl Reserve {
-    const EMPTY: Reserve = Reserve { class: SizeClass::Small, promised: 0, held: 0 };
+    const EMPTY: Reserve = Reserve {
+        class: SizeClass::Small,
+        promised: 0,
+        held: 0,
+    };
 
     fn unfilled(&self) -> u32 {
         self.promised.saturating_sub(self.held)
@@ -207,7 +221,10 @@ impl Shared {
             let mut head = self.head.load(Ordering::Relaxed);
             loop {
                 self.link[index].store(head, Ordering::Relaxed);
-                match self.head.compare_exchange_weak(head, slot, Ordering::AcqRel, Ordering::Relaxed) {
+                match self
+                    .head
+                    .compare_exchange_weak(head, slot, Ordering::AcqRel, Ordering::Relaxed)
+                {
                     Ok(_) => break,
                     Err(now) => head = now,
                 }
@@ -269,7 +286,14 @@ impl Arena {
         Ok(Self {
             shared: Arc::new(shared),
             small_stride: config.stride(SizeClass::Small) as u32,
-            slots: (0..total).map(|_| Cell::new(SlotState { views: 0, owner: Account::NONE })).collect(),
+            slots: (0..total)
+                .map(|_| {
+                    Cell::new(SlotState {
+                        views: 0,
+                        owner: Account::NONE,
+                    })
+                })
+                .collect(),
             free: [FreeList::of(0..small), FreeList::of(small..total as u32)],
             reserves: (0..MOST_ACCOUNTS).map(|_| Cell::new(Reserve::EMPTY)).collect(),
             unfilled: [Cell::new(0), Cell::new(0)],
@@ -287,14 +311,21 @@ impl Arena {
 
     /// The whole mapping, for registration.
     pub(crate) fn as_iovec(&self) -> libc::iovec {
-        libc::iovec { iov_base: self.shared.base.as_ptr().cast(), iov_len: self.config().mapping_len() }
+        libc::iovec {
+            iov_base: self.shared.base.as_ptr().cast(),
+            iov_len: self.config().mapping_len(),
+        }
     }
 
     #[inline]
     pub(crate) fn address(&self, slot: u32, offset: u32) -> NonNull<u8> {
         if (slot as usize) < self.shared.config.small_slots {
             // SAFETY: as in `Shared::address`; this is its common case with the stride at hand.
-            return unsafe { self.shared.base.add(slot as usize * self.small_stride as usize + offset as usize) };
+            return unsafe {
+                self.shared
+                    .base
+                    .add(slot as usize * self.small_stride as usize + offset as usize)
+            };
         }
         self.shared.address(slot, offset)
     }
@@ -302,7 +333,11 @@ impl Arena {
     /// The class that `slot` belongs to.
     #[inline]
     pub(crate) fn class_of(&self, slot: u32) -> SizeClass {
-        if slot < self.shared.config.small_slots as u32 { SizeClass::Small } else { SizeClass::Large }
+        if slot < self.shared.config.small_slots as u32 {
+            SizeClass::Small
+        } else {
+            SizeClass::Large
+        }
     }
 
     /// End of the bytes of `slot` that a view may use.
@@ -329,7 +364,11 @@ impl Arena {
             return None;
         }
         // Buffers that an earlier port of this index still has out stay charged to the account.
-        let reserve = Reserve { class, promised, held: self.reserves[index].get().held };
+        let reserve = Reserve {
+            class,
+            promised,
+            held: self.reserves[index].get().held,
+        };
         self.reserves[index].set(reserve);
         unfilled.set(unfilled.get() + reserve.unfilled());
         Some(promised)
@@ -364,7 +403,9 @@ impl Arena {
     /// The account's promise, if it has one of this class.
     #[inline]
     fn reserve_of(&self, account: Account, class: SizeClass) -> Option<&Cell<Reserve>> {
-        self.reserves.get(account.0 as usize).filter(|reserve| reserve.get().class == class)
+        self.reserves
+            .get(account.0 as usize)
+            .filter(|reserve| reserve.get().class == class)
     }
 
     /// Takes a slot for `account`, with one view. `None` when the account has no right to any that is left.
@@ -381,7 +422,10 @@ impl Arena {
                     0 => {}
                     _ => unfilled.set(unfilled.get() - 1),
                 }
-                cell.set(Reserve { held: reserve.held + 1, ..reserve });
+                cell.set(Reserve {
+                    held: reserve.held + 1,
+                    ..reserve
+                });
                 account
             }
             // Slots of a class that the port was promised none of are charged to nobody.
@@ -397,7 +441,10 @@ impl Arena {
     pub(crate) fn add_view(&self, slot: u32) {
         let cell = &self.slots[slot as usize];
         let state = cell.get();
-        cell.set(SlotState { views: state.views + 1, ..state });
+        cell.set(SlotState {
+            views: state.views + 1,
+            ..state
+        });
     }
 
     /// Ends one view of `slot`; the last one frees it.
@@ -482,8 +529,13 @@ mod tests {
     use proptest::prelude::*;
 
     fn arena(small: usize, large: usize) -> Arena {
-        let config =
-            ArenaConfig { headroom: 96, tailroom: 64, small_packet: 1536, small_slots: small, large_slots: large };
+        let config = ArenaConfig {
+            headroom: 96,
+            tailroom: 64,
+            small_packet: 1536,
+            small_slots: small,
+            large_slots: large,
+        };
         Arena::new(config, WakeHandle::new().expect("eventfd")).expect("memory")
     }
 

@@ -21,7 +21,10 @@ pub type Drain<'a> = std::vec::Drain<'a, PacketBuf>;
 impl Batch {
     /// An empty batch for at most `capacity` packets.
     pub fn with_capacity(capacity: usize) -> Self {
-        Self { packets: Vec::with_capacity(capacity), capacity }
+        Self {
+            packets: Vec::with_capacity(capacity),
+            capacity,
+        }
     }
 
     /// How many packets it can hold.
@@ -84,7 +87,6 @@ impl Batch {
     pub(crate) fn consume_front(&mut self, count: usize) {
         self.packets.drain(..count);
     }
-
 }
 
 impl Deref for Batch {

@@ -12,8 +12,10 @@ mod batch;
 mod packet;
 mod remote;
 
-pub(crate) use arena::{Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, MOST_ACCOUNTS, SizeClass, leak_memory};
 pub use arena::leaked_arenas;
+pub(crate) use arena::{
+    Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, MOST_ACCOUNTS, SizeClass, leak_memory,
+};
 pub use batch::{Batch, Drain};
 pub use packet::{NoRoom, PacketBuf};
 pub use remote::RemoteBuf;

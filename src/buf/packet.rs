@@ -56,13 +56,36 @@ impl PacketBuf {
         let start = arena.config().data_offset() as u32;
         let high = arena.slot_end(slot);
         debug_assert!(start + len <= high);
-        Self { arena: Rc::clone(arena), slot, low: HIDDEN_RESERVE as u32, high, start, len, peer: None }
+        Self {
+            arena: Rc::clone(arena),
+            slot,
+            low: HIDDEN_RESERVE as u32,
+            high,
+            start,
+            len,
+            peer: None,
+        }
     }
 
     /// Takes back a view that had travelled. The caller has made sure that `arena` is its home.
     pub(crate) fn from_remote_parts(arena: &Rc<Arena>, parts: Parts) -> Self {
-        let Parts { slot, low, high, start, len, peer } = parts;
-        Self { arena: Rc::clone(arena), slot, low, high, start, len, peer }
+        let Parts {
+            slot,
+            low,
+            high,
+            start,
+            len,
+            peer,
+        } = parts;
+        Self {
+            arena: Rc::clone(arena),
+            slot,
+            low,
+            high,
+            start,
+            len,
+            peer,
+        }
     }
 
     /// Whether its memory belongs to `arena`.
@@ -99,7 +122,10 @@ impl PacketBuf {
     pub fn prepend(&mut self, header: &[u8]) -> Result<(), NoRoom> {
         let available = self.headroom();
         if header.len() > available {
-            return Err(NoRoom { wanted: header.len(), available });
+            return Err(NoRoom {
+                wanted: header.len(),
+                available,
+            });
         }
         self.start -= header.len() as u32;
         self.len += header.len() as u32;
@@ -115,7 +141,10 @@ impl PacketBuf {
     pub fn append(&mut self, trailer: &[u8]) -> Result<(), NoRoom> {
         let (available, end) = (self.tailroom(), self.len as usize);
         if trailer.len() > available {
-            return Err(NoRoom { wanted: trailer.len(), available });
+            return Err(NoRoom {
+                wanted: trailer.len(),
+                available,
+            });
         }
         self.len += trailer.len() as u32;
         self[end..].copy_from_slice(trailer);
@@ -130,7 +159,10 @@ impl PacketBuf {
     pub fn grow_front(&mut self, count: usize) -> Result<&mut [u8], NoRoom> {
         let available = self.headroom();
         if count > available {
-            return Err(NoRoom { wanted: count, available });
+            return Err(NoRoom {
+                wanted: count,
+                available,
+            });
         }
         self.start -= count as u32;
         self.len += count as u32;
@@ -147,7 +179,10 @@ impl PacketBuf {
     pub fn grow_back(&mut self, count: usize) -> Result<&mut [u8], NoRoom> {
         let (available, end) = (self.tailroom(), self.len as usize);
         if count > available {
-            return Err(NoRoom { wanted: count, available });
+            return Err(NoRoom {
+                wanted: count,
+                available,
+            });
         }
         self.len += count as u32;
         let back = &mut self[end..];
@@ -177,7 +212,11 @@ impl PacketBuf {
     /// # Panics
     /// If `at` is more than the packet's length.
     pub fn split_to(&mut self, at: usize) -> PacketBuf {
-        assert!(at <= self.len as usize, "split_to({at}) of a packet of {} bytes", self.len);
+        assert!(
+            at <= self.len as usize,
+            "split_to({at}) of a packet of {} bytes",
+            self.len
+        );
         let cut = self.start + at as u32;
         self.arena.add_view(self.slot);
         let front = PacketBuf {
@@ -211,11 +250,29 @@ impl PacketBuf {
     pub fn into_remote(self) -> RemoteBuf {
         let shared = self.arena.shared().clone();
         let this = std::mem::ManuallyDrop::new(self);
-        let PacketBuf { slot, low, high, start, len, peer, .. } = *this;
+        let PacketBuf {
+            slot,
+            low,
+            high,
+            start,
+            len,
+            peer,
+            ..
+        } = *this;
         // SAFETY: `this` is never used again, so its reference to the arena is dropped once, here. The view itself (one count of the
         // slot) passes to the RemoteBuf.
         drop(unsafe { std::ptr::read(&this.arena) });
-        RemoteBuf::from_parts(shared, Parts { slot, low, high, start, len, peer })
+        RemoteBuf::from_parts(
+            shared,
+            Parts {
+                slot,
+                low,
+                high,
+                start,
+                len,
+                peer,
+            },
+        )
     }
 }
 

@@ -76,6 +76,9 @@ impl Drop for RemoteBuf {
 
 impl fmt::Debug for RemoteBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RemoteBuf").field("len", &self.len()).field("peer", &self.parts.peer).finish_non_exhaustive()
+        f.debug_struct("RemoteBuf")
+            .field("len", &self.len())
+            .field("peer", &self.parts.peer)
+            .finish_non_exhaustive()
     }
 }

@@ -48,7 +48,14 @@ pub(crate) fn poll(fds: &mut [libc::pollfd], timeout: Option<Duration>) -> io::R
     });
     let timespec = timespec.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
     // SAFETY: the slice and the timespec live through the call; no signal mask is given.
-    match unsafe { syscall!(ppoll(fds.as_mut_ptr(), fds.len() as libc::nfds_t, timespec, std::ptr::null())) } {
+    match unsafe {
+        syscall!(ppoll(
+            fds.as_mut_ptr(),
+            fds.len() as libc::nfds_t,
+            timespec,
+            std::ptr::null()
+        ))
+    } {
         Ok(count) => Ok(count as usize),
         Err(error) if error.raw_os_error() == Some(libc::EINTR) => Ok(0),
         Err(error) => Err(error),

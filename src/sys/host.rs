@@ -29,6 +29,18 @@ pub(crate) fn kernel_release() -> io::Result<String> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+/// (major, minor) of the running kernel; zeros if it does not say. Only for what cannot be found out by asking.
+pub(crate) fn kernel_version() -> (u32, u32) {
+    parse_version(&kernel_release().unwrap_or_default())
+}
+
+fn parse_version(release: &str) -> (u32, u32) {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|part| part.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// The soft limit of RLIMIT_MEMLOCK in bytes; `None`: no limit.
 pub(crate) fn memlock_limit() -> io::Result<Option<u64>> {
     let mut limit = libc::rlimit {
@@ -88,4 +100,17 @@ pub(crate) fn allowed_cpus() -> io::Result<Vec<usize>> {
     Ok((0..bytes * 8)
         .filter(|&cpu| mask[cpu / 64] >> (cpu % 64) & 1 != 0)
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_version;
+
+    #[test]
+    fn releases_as_distributions_write_them() {
+        assert_eq!(parse_version("6.18.44-fc-v669"), (6, 18));
+        assert_eq!(parse_version("6.1.0-18-amd64"), (6, 1));
+        assert_eq!(parse_version("7.0-rc1"), (7, 0));
+        assert_eq!(parse_version("what"), (0, 0));
+    }
 }

@@ -3,7 +3,6 @@
 
 pub(crate) mod fd;
 pub(crate) mod host;
-pub(crate) mod kernel;
 pub(crate) mod netdevice;
 #[cfg(feature = "lab")]
 pub(crate) mod netns;

@@ -28,7 +28,14 @@ impl Datagrams {
         let (header, name): (libc::mmsghdr, libc::sockaddr_storage) = unsafe { (zeroed(), zeroed()) };
         Self {
             headers: vec![header; capacity].into(),
-            vectors: vec![libc::iovec { iov_base: std::ptr::null_mut(), iov_len: 0 }; capacity].into(),
+            vectors: vec![
+                libc::iovec {
+                    iov_base: std::ptr::null_mut(),
+                    iov_len: 0
+                };
+                capacity
+            ]
+            .into(),
             names: vec![name; capacity].into(),
         }
     }
@@ -44,7 +51,10 @@ impl Datagrams {
 
     /// Sets where datagram `index` lies and, for sending, where it goes.
     pub(crate) fn set(&mut self, index: usize, at: NonNull<u8>, len: usize, peer: Option<SocketAddr>) {
-        self.vectors[index] = libc::iovec { iov_base: at.as_ptr().cast(), iov_len: len };
+        self.vectors[index] = libc::iovec {
+            iov_base: at.as_ptr().cast(),
+            iov_len: len,
+        };
         let header = &mut self.headers[index].msg_hdr;
         header.msg_iov = &raw mut self.vectors[index];
         header.msg_iovlen = 1;
@@ -75,7 +85,13 @@ impl Datagrams {
         let count = count.min(self.capacity()) as libc::c_uint;
         // SAFETY: the headers point to vectors and names of this value; the caller vouches for what the vectors point to.
         unsafe {
-            syscall!(recvmmsg(fd, self.headers.as_mut_ptr(), count, libc::MSG_DONTWAIT as _, std::ptr::null_mut()))
+            syscall!(recvmmsg(
+                fd,
+                self.headers.as_mut_ptr(),
+                count,
+                libc::MSG_DONTWAIT as _,
+                std::ptr::null_mut()
+            ))
         }
         .map(|count| count as usize)
     }
@@ -98,7 +114,12 @@ impl Datagrams {
         let entries = &mut self.headers[from..to];
         // SAFETY: as in `receive`.
         unsafe {
-            syscall!(sendmmsg(fd, entries.as_mut_ptr(), entries.len() as libc::c_uint, libc::MSG_DONTWAIT as _))
+            syscall!(sendmmsg(
+                fd,
+                entries.as_mut_ptr(),
+                entries.len() as libc::c_uint,
+                libc::MSG_DONTWAIT as _
+            ))
         }
         .map(|count| count as usize)
     }
@@ -110,7 +131,9 @@ fn encode(peer: SocketAddr, name: &mut libc::sockaddr_storage) -> libc::socklen_
             let value = libc::sockaddr_in {
                 sin_family: libc::AF_INET as libc::sa_family_t,
                 sin_port: peer.port().to_be(),
-                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(peer.ip().octets()) },
+                sin_addr: libc::in_addr {
+                    s_addr: u32::from_ne_bytes(peer.ip().octets()),
+                },
                 sin_zero: [0; 8],
             };
             // SAFETY: sockaddr_storage is large and aligned enough for every socket address.
@@ -122,7 +145,9 @@ fn encode(peer: SocketAddr, name: &mut libc::sockaddr_storage) -> libc::socklen_
                 sin6_family: libc::AF_INET6 as libc::sa_family_t,
                 sin6_port: peer.port().to_be(),
                 sin6_flowinfo: peer.flowinfo(),
-                sin6_addr: libc::in6_addr { s6_addr: peer.ip().octets() },
+                sin6_addr: libc::in6_addr {
+                    s6_addr: peer.ip().octets(),
+                },
                 sin6_scope_id: peer.scope_id(),
             };
             // SAFETY: as above.

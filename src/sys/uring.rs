@@ -49,7 +49,11 @@ impl RingHandle {
     /// The ring by its registered index where the kernel (5.18 and later) gives one, which saves the look-up per call; else by its
     /// descriptor. The index belongs to the calling thread.
     pub(crate) fn register(ring: BorrowedFd<'_>) -> Self {
-        let mut update = io_uring_rsrc_update { offset: u32::MAX, resv: 0, data: ring.as_raw_fd() as u64 };
+        let mut update = io_uring_rsrc_update {
+            offset: u32::MAX,
+            resv: 0,
+            data: ring.as_raw_fd() as u64,
+        };
         // SAFETY: IORING_REGISTER_RING_FDS reads and writes one io_uring_rsrc_update, which outlives the call.
         let result = unsafe {
             libc::syscall(
@@ -61,9 +65,15 @@ impl RingHandle {
             )
         };
         if result == 1 {
-            Self { fd: update.offset as i32, flags: IORING_ENTER_REGISTERED_RING }
+            Self {
+                fd: update.offset as i32,
+                flags: IORING_ENTER_REGISTERED_RING,
+            }
         } else {
-            Self { fd: ring.as_raw_fd(), flags: 0 }
+            Self {
+                fd: ring.as_raw_fd(),
+                flags: 0,
+            }
         }
     }
 
@@ -104,8 +114,20 @@ impl RingHandle {
         // SAFETY: `arg` is null or points to an argument that points to a timespec, both alive until the call returns. What the entries
         // themselves point to is the promise of whoever pushed them.
         let result = unsafe {
-            libc::syscall(libc::SYS_io_uring_enter, self.fd, to_submit, min_complete, flags, arg, size)
+            libc::syscall(
+                libc::SYS_io_uring_enter,
+                self.fd,
+                to_submit,
+                min_complete,
+                flags,
+                arg,
+                size,
+            )
         };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result as u32) }
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(result as u32)
+        }
     }
 }

@@ -39,7 +39,11 @@ impl Burst {
     /// What is left of a run that has begun and is expected to go on; 0 between runs.
     #[inline]
     pub(super) fn rest_of_run(&self) -> u32 {
-        if self.run == 0 { 0 } else { self.expected.saturating_sub(self.run).min(LONGEST) }
+        if self.run == 0 {
+            0
+        } else {
+            self.expected.saturating_sub(self.run).min(LONGEST)
+        }
     }
 
     /// A packet came by the armed read.

@@ -157,10 +157,22 @@ mod tests {
     #[test]
     fn packets_begin_on_a_cache_line_and_get_their_room() {
         for headroom in [0, 1, 32, 63, 64, 65, 95, 96, 97, 128, 200, 224, 256] {
-            let arena = WorkerConfig { headroom, ..WorkerConfig::default() }.arena();
+            let arena = WorkerConfig {
+                headroom,
+                ..WorkerConfig::default()
+            }
+            .arena();
             assert_eq!(arena.data_offset() % 64, 0, "headroom {headroom}");
-            assert!(arena.headroom >= headroom.max(64), "headroom {headroom} became {}", arena.headroom);
-            assert!(arena.headroom <= headroom.max(64) + 64, "headroom {headroom} became {}", arena.headroom);
+            assert!(
+                arena.headroom >= headroom.max(64),
+                "headroom {headroom} became {}",
+                arena.headroom
+            );
+            assert!(
+                arena.headroom <= headroom.max(64) + 64,
+                "headroom {headroom} became {}",
+                arena.headroom
+            );
             assert!(arena.stride(SizeClass::Small) >= arena.data_offset() + arena.small_packet + arena.tailroom + 1);
         }
     }

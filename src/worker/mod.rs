@@ -127,8 +127,14 @@ impl Worker {
     /// A setting out of range; no memory; a forced backend that this host lacks.
     pub fn new(config: &WorkerConfig) -> Result<Self, OpenError> {
         check(config)?;
-        let waker = WakeHandle::new()
-            .map_err(|error| OpenError::new(OpenErrorKind::DescriptorLimit, "eventfd", &error, "no descriptor for the doorbell"))?;
+        let waker = WakeHandle::new().map_err(|error| {
+            OpenError::new(
+                OpenErrorKind::DescriptorLimit,
+                "eventfd",
+                &error,
+                "no descriptor for the doorbell",
+            )
+        })?;
         let (backend, arena, report) = match config.backend {
             Some(Backend::IoUring) => open_ring(config, &waker)?,
             Some(Backend::Syscalls) => open_syscalls(config, &waker, "forced".to_owned())?,
@@ -150,7 +156,14 @@ impl Worker {
             now: Instant::now(),
         };
         let reserve = u32::try_from(config.receive_reserve).unwrap_or(u32::MAX);
-        Ok(Self { backend, ports: Ports::new(), cx, report, reserve, single: Batch::with_capacity(1) })
+        Ok(Self {
+            backend,
+            ports: Ports::new(),
+            cx,
+            report,
+            reserve,
+            single: Batch::with_capacity(1),
+        })
     }
 
     /// What runs, and why.
@@ -175,7 +188,8 @@ impl Worker {
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
         if self.cx.arena.open_account(index, class, self.reserve).is_none() {
-            let detail = "every buffer is promised to a port or in use; raise WorkerConfig::buffers or lower receive_reserve";
+            let detail =
+                "every buffer is promised to a port or in use; raise WorkerConfig::buffers or lower receive_reserve";
             return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", detail));
         }
         let id = PortId::new(index);
@@ -200,9 +214,15 @@ impl Worker {
         if let Imp::Ring(ring) = &mut self.backend
             && !ring.detach(&mut self.cx, &mut self.ports, index)
         {
-            return Err(PortError::new(PortErrorKind::Other, "io_uring_register(SYNC_CANCEL)", libc::ETIME));
+            return Err(PortError::new(
+                PortErrorKind::Other,
+                "io_uring_register(SYNC_CANCEL)",
+                libc::ETIME,
+            ));
         }
-        let Some(port) = self.ports.remove(index) else { unreachable!("checked above") };
+        let Some(port) = self.ports.remove(index) else {
+            unreachable!("checked above")
+        };
         self.cx.arena.close_account(index);
         Ok(port.into_detached(&self.cx.arena))
     }
@@ -279,7 +299,12 @@ impl Worker {
     pub fn send_many(&mut self, port: PortId, batch: &mut Batch) -> Sent {
         let index = match self.ports.check(port) {
             Ok(index) => index,
-            Err(error) => return Sent { stopped: Some(error), ..Sent::default() },
+            Err(error) => {
+                return Sent {
+                    stopped: Some(error),
+                    ..Sent::default()
+                };
+            }
         };
         match &mut self.backend {
             Imp::Ring(ring) => ring.send(&mut self.cx, &mut self.ports, index, batch),
@@ -352,9 +377,9 @@ impl Worker {
         let arena = &self.cx.arena;
         let config = arena.config();
         let fits = |class| config.slots(class) > 0 && len < arena.read_len(class) as usize;
-        let class = [SizeClass::Small, SizeClass::Large].into_iter().find(|&class| {
-            fits(class) && arena.available(Account::NONE, class, 1) > 0
-        })?;
+        let class = [SizeClass::Small, SizeClass::Large]
+            .into_iter()
+            .find(|&class| fits(class) && arena.available(Account::NONE, class, 1) > 0)?;
         let slot = arena.check_out(Account::NONE, class)?;
         Some(PacketBuf::whole_slot(arena, slot, 0))
     }
@@ -362,7 +387,11 @@ impl Worker {
     /// The longest packet that this worker's buffers hold.
     pub fn longest_packet(&self) -> usize {
         let config = self.cx.arena.config();
-        let class = if config.large_slots > 0 { SizeClass::Large } else { SizeClass::Small };
+        let class = if config.large_slots > 0 {
+            SizeClass::Large
+        } else {
+            SizeClass::Small
+        };
         self.cx.arena.read_len(class) as usize - 1
     }
 
@@ -435,8 +464,12 @@ impl Worker {
 
     /// The smallest class of buffers that holds every packet of the endpoint.
     fn class_for(&self, endpoint: &Endpoint) -> Result<SizeClass, OpenError> {
-        let Endpoint::Queue(queue) = endpoint else { return Ok(SizeClass::Small) };
-        let Some(mtu) = queue.mtu() else { return Ok(SizeClass::Small) };
+        let Endpoint::Queue(queue) = endpoint else {
+            return Ok(SizeClass::Small);
+        };
+        let Some(mtu) = queue.mtu() else {
+            return Ok(SizeClass::Small);
+        };
         // An Ethernet header with one VLAN tag; the packet information.
         let link = if queue.mode() == Mode::Tap { 18 } else { 0 } + if queue.packet_info() { 4 } else { 0 };
         let longest = mtu as usize + link;
@@ -469,7 +502,10 @@ impl Drop for Worker {
 
 impl fmt::Debug for Worker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Worker").field("backend", &self.report.backend).field("ports", &self.ports.len()).finish_non_exhaustive()
+        f.debug_struct("Worker")
+            .field("backend", &self.report.backend)
+            .field("ports", &self.ports.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -489,7 +525,9 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle) -> Result<Opened, OpenEr
         match unsafe { ring.register_buffers(arena.as_iovec()) } {
             Ok(()) => break arena,
             // The memlock limit: a smaller arena may fit below it.
-            Err(error) if error.raw_os_error() == Some(libc::ENOMEM) && granted.small_slots / 2 >= FEWEST_REGISTERED => {
+            Err(error)
+                if error.raw_os_error() == Some(libc::ENOMEM) && granted.small_slots / 2 >= FEWEST_REGISTERED =>
+            {
                 granted.small_slots /= 2;
                 granted.large_slots /= 2;
             }
@@ -531,7 +569,10 @@ fn open_syscalls(config: &WorkerConfig, waker: &WakeHandle, why: String) -> Resu
 
 fn new_arena(config: ArenaConfig, waker: &WakeHandle) -> Result<Arena, OpenError> {
     Arena::new(config, waker.clone()).map_err(|error| {
-        let detail = format!("no {} bytes for packet buffers; lower WorkerConfig::buffers", config.mapping_len());
+        let detail = format!(
+            "no {} bytes for packet buffers; lower WorkerConfig::buffers",
+            config.mapping_len()
+        );
         OpenError::new(OpenErrorKind::MemoryLimit, "mmap", &error, detail)
     })
 }
@@ -543,10 +584,16 @@ fn check(config: &WorkerConfig) -> Result<(), OpenError> {
     const MOST_BYTES: usize = 1 << 30;
     const MOST_BUFFERS: usize = 1 << 20;
     if !(16..=MOST_BUFFERS).contains(&config.buffers) || config.large_buffers > MOST_BUFFERS {
-        return refuse(format!("buffers is {} and large_buffers {}; 16 to {MOST_BUFFERS} are possible", config.buffers, config.large_buffers));
+        return refuse(format!(
+            "buffers is {} and large_buffers {}; 16 to {MOST_BUFFERS} are possible",
+            config.buffers, config.large_buffers
+        ));
     }
     if !(64..=LARGE_PACKET).contains(&config.max_packet) {
-        return refuse(format!("max_packet is {}; 64 to {LARGE_PACKET} bytes are possible", config.max_packet));
+        return refuse(format!(
+            "max_packet is {}; 64 to {LARGE_PACKET} bytes are possible",
+            config.max_packet
+        ));
     }
     if config.headroom > 4096 || config.tailroom > 4096 {
         return refuse("headroom and tailroom can be at most 4096 bytes each".to_owned());
@@ -556,7 +603,9 @@ fn check(config: &WorkerConfig) -> Result<(), OpenError> {
     }
     let bytes = config.arena().mapping_len();
     if bytes > MOST_BYTES {
-        return refuse(format!("the buffers would take {bytes} bytes; one gibibyte is the most"));
+        return refuse(format!(
+            "the buffers would take {bytes} bytes; one gibibyte is the most"
+        ));
     }
     Ok(())
 }

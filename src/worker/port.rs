@@ -22,7 +22,10 @@ pub struct PortId {
 impl PortId {
     pub(super) fn new(index: usize) -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
-        Self { index: index as u16, serial: SERIAL.fetch_add(1, Ordering::Relaxed) }
+        Self {
+            index: index as u16,
+            serial: SERIAL.fetch_add(1, Ordering::Relaxed),
+        }
     }
 }
 
@@ -240,14 +243,17 @@ impl Port {
 
     pub(super) fn starved(&mut self) {
         self.counters.no_buffers += 1;
-        self.notice.get_or_insert(PortError::new(PortErrorKind::NoBuffers, "receive", libc::ENOBUFS));
+        self.notice
+            .get_or_insert(PortError::new(PortErrorKind::NoBuffers, "receive", libc::ENOBUFS));
     }
 
     /// Moves what lies in the inbox into the batch, as far as it goes.
     #[inline]
     pub(super) fn hand_over(&mut self, arena: &Rc<Arena>, batch: &mut Batch) {
         while !batch.is_full() {
-            let Some(Received { slot, len }) = self.inbox.pop_front() else { break };
+            let Some(Received { slot, len }) = self.inbox.pop_front() else {
+                break;
+            };
             self.counters.received_packets += 1;
             self.counters.received_bytes += u64::from(len);
             // Cannot fail: the batch has room.
@@ -289,7 +295,11 @@ impl Port {
     pub(super) fn into_detached(mut self, arena: &Rc<Arena>) -> Detached {
         let mut undelivered = Batch::with_capacity(self.inbox.len());
         self.hand_over(arena, &mut undelivered);
-        Detached { endpoint: self.endpoint, undelivered, counters: self.counters }
+        Detached {
+            endpoint: self.endpoint,
+            undelivered,
+            counters: self.counters,
+        }
     }
 }
 
@@ -301,7 +311,10 @@ pub(super) struct Ports {
 
 impl Ports {
     pub(super) fn new() -> Self {
-        Self { slots: Vec::new(), scan: 0 }
+        Self {
+            slots: Vec::new(),
+            scan: 0,
+        }
     }
 
     pub(super) fn free_index(&self) -> usize {
@@ -331,11 +344,16 @@ impl Ports {
     /// The port of an index that `check` gave, or that a completion named.
     #[inline]
     pub(super) fn at(&mut self, index: usize) -> &mut Port {
-        self.slots[index].as_mut().expect("ports are removed only after their last operation ended")
+        self.slots[index]
+            .as_mut()
+            .expect("ports are removed only after their last operation ended")
     }
 
     pub(super) fn find(&self, id: PortId) -> Option<&Port> {
-        self.slots.get(usize::from(id.index))?.as_ref().filter(|port| port.id == id)
+        self.slots
+            .get(usize::from(id.index))?
+            .as_ref()
+            .filter(|port| port.id == id)
     }
 
     pub(super) fn len(&self) -> usize {
@@ -390,7 +408,10 @@ impl Ports {
 /// cannot be sent again without overtaking, so it is refused for good; behind it, what may be retried stays in the batch.
 pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize) -> usize, results: &[i32]) -> Sent {
     let mut sent = Sent::default();
-    let behind_last_accepted = results.iter().rposition(|&result| result >= 0).map_or(0, |last| last + 1);
+    let behind_last_accepted = results
+        .iter()
+        .rposition(|&result| result >= 0)
+        .map_or(0, |last| last + 1);
     for (index, &result) in results.iter().enumerate() {
         if result >= 0 && result as usize == lengths(index) {
             sent.accepted += 1;
@@ -401,7 +422,10 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
         }
         let errno = if result < 0 { -result } else { libc::EIO };
         let error = PortError::from_errno(call, errno);
-        let retriable = matches!(errno, libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR | libc::ECANCELED);
+        let retriable = matches!(
+            errno,
+            libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR | libc::ECANCELED
+        );
         if retriable && sent.stopped.is_none() {
             port.counters.backpressure += 1;
             port.linked = true;

@@ -24,8 +24,8 @@ use super::port::{Port, Ports, Sent, judge};
 use super::udp;
 use crate::buf::Batch;
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
-use crate::sys::kernel;
 use crate::sys::uring::RingHandle;
+use crate::sys::{host, tun};
 
 /// The arena is registered as one buffer.
 const ARENA: u16 = 0;
@@ -125,15 +125,17 @@ impl Tag {
     }
 }
 
-/// What a host lacks for this backend, in words. `Ok` says nothing about memory limits.
+/// What a host lacks for this backend, in words, as far as it can be known before a ring is made.
 pub(super) fn lacks() -> Result<(), String> {
-    // The tun driver executes non-blocking reads of a ring inline since 6.4 (FMODE_NOWAIT). Only a device can show it, and there is
-    // none yet, so the version has to do; `attach` asks the device.
-    let (major, minor) = kernel::release();
-    if (major, minor) < (6, 4) {
-        return Err(format!("kernel {major}.{minor}: the tun driver serves a ring without blocking since 6.4 only"));
+    // The tun driver executes non-blocking reads of a ring inline since 6.4 (FMODE_NOWAIT). The node tells; where it may not be opened
+    // (queues handed over by a privileged helper), the version has to do. `attach` asks each queue.
+    let nowait = tun::open_node(true)
+        .ok()
+        .and_then(|node| tun::unattached_takes_nowait(node.as_fd()));
+    if nowait.unwrap_or_else(|| host::kernel_version() >= (6, 4)) {
+        return Ok(());
     }
-    Ok(())
+    Err("this kernel's tun driver serves a ring only by blocking; 6.4 and later do without".to_owned())
 }
 
 impl RingBackend {
@@ -142,9 +144,14 @@ impl RingBackend {
         let ring = build().map_err(|error| set_up_error(&error))?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
-        submitter
-            .register_probe(&mut probe)
-            .map_err(|error| OpenError::new(OpenErrorKind::IoUring, "io_uring_register(PROBE)", &error, "cannot ask the ring what it can do"))?;
+        submitter.register_probe(&mut probe).map_err(|error| {
+            OpenError::new(
+                OpenErrorKind::IoUring,
+                "io_uring_register(PROBE)",
+                &error,
+                "cannot ask the ring what it can do",
+            )
+        })?;
         let needed = [
             (opcode::ReadFixed::CODE, "READ_FIXED"),
             (opcode::WriteFixed::CODE, "WRITE_FIXED"),
@@ -153,13 +160,23 @@ impl RingBackend {
             (opcode::PollAdd::CODE, "POLL_ADD"),
         ];
         if let Some((_, name)) = needed.iter().find(|(code, _)| !probe.is_supported(*code)) {
-            return Err(OpenError::refused(OpenErrorKind::IoUring, "io_uring_register(PROBE)", format!("the kernel's io_uring has no {name}")));
+            return Err(OpenError::refused(
+                OpenErrorKind::IoUring,
+                "io_uring_register(PROBE)",
+                format!("the kernel's io_uring has no {name}"),
+            ));
         }
         let mut files = [-1; MOST_PORTS + 1];
         files[DOORBELL as usize] = doorbell.as_raw_fd();
         submitter.register_files(&files).map_err(|error| {
-            let detail = "the table of registered files was refused; the limit of open files (ulimit -n) must be above 257";
-            OpenError::new(OpenErrorKind::DescriptorLimit, "io_uring_register(FILES)", &error, detail)
+            let detail =
+                "the table of registered files was refused; the limit of open files (ulimit -n) must be above 257";
+            OpenError::new(
+                OpenErrorKind::DescriptorLimit,
+                "io_uring_register(FILES)",
+                &error,
+                detail,
+            )
         })?;
         // SAFETY: the descriptor is the ring's, which lives through the call.
         let handle = RingHandle::register(unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) });
@@ -200,16 +217,28 @@ impl RingBackend {
     pub(super) fn attach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> Result<(), OpenError> {
         let port = ports.at(index);
         let (fd, udp) = (port.fd, port.is_udp());
-        self.ring.submitter().register_files_update(index as u32 + 1, &[fd]).map_err(|error| {
-            OpenError::new(OpenErrorKind::Other, "io_uring_register(FILES_UPDATE)", &error, "the descriptor could not be registered")
-        })?;
+        self.ring
+            .submitter()
+            .register_files_update(index as u32 + 1, &[fd])
+            .map_err(|error| {
+                OpenError::new(
+                    OpenErrorKind::Other,
+                    "io_uring_register(FILES_UPDATE)",
+                    &error,
+                    "the descriptor could not be registered",
+                )
+            })?;
         if udp {
             return Ok(());
         }
         // An empty read takes no packet; with RWF_NOWAIT it tells whether the driver takes such requests at all.
         let slot = cx.arena.check_out(port.account, port.class);
         let Some(slot) = slot else {
-            return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", "no free buffer for the port"));
+            return Err(OpenError::refused(
+                OpenErrorKind::MemoryLimit,
+                "attach",
+                "no free buffer for the port",
+            ));
         };
         let at = cx.arena.address(slot, 0);
         let entry = opcode::Read::new(Fixed(index as u32 + 1), at.as_ptr(), 0)
@@ -229,10 +258,17 @@ impl RingBackend {
             let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
             let error = io::Error::from_raw_os_error(if result == PENDING { libc::EIO } else { -result });
             let detail = match error.raw_os_error() {
-                Some(libc::EOPNOTSUPP) => "this kernel's tun driver cannot be read without blocking through a ring; force Backend::Syscalls",
+                Some(libc::EOPNOTSUPP) => {
+                    "this kernel's tun driver cannot be read without blocking through a ring; force Backend::Syscalls"
+                }
                 _ => "the queue cannot be read; is its device still there?",
             };
-            return Err(OpenError::new(OpenErrorKind::Unsupported, "read(RWF_NOWAIT)", &error, detail));
+            return Err(OpenError::new(
+                OpenErrorKind::Unsupported,
+                "read(RWF_NOWAIT)",
+                &error,
+                detail,
+            ));
         }
         Ok(())
     }
@@ -243,7 +279,10 @@ impl RingBackend {
         if ports.at(index).armed {
             let cancel = CancelBuilder::fd(Fixed(index as u32 + 1)).all();
             // ENOENT: it completed on its own.
-            let _ = self.ring.submitter().register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), cancel);
+            let _ = self
+                .ring
+                .submitter()
+                .register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), cancel);
             let deadline = Instant::now() + DRAIN_BOUND;
             while ports.at(index).armed && self.broken.is_none() && Instant::now() < deadline {
                 self.enter(1, true, Some(DRAIN_BOUND / 20));
@@ -367,8 +406,11 @@ impl RingBackend {
             if cx.arena.available(port.account, port.class, 1) == 0 {
                 return false;
             }
-            let Some(slot) = cx.arena.check_out(port.account, port.class) else { return false };
-            self.read_entry(cx, port, slot, 0).user_data(Tag::new(Tag::ARMED, port.id.index, slot))
+            let Some(slot) = cx.arena.check_out(port.account, port.class) else {
+                return false;
+            };
+            self.read_entry(cx, port, slot, 0)
+                .user_data(Tag::new(Tag::ARMED, port.id.index, slot))
         };
         port.armed = true;
         self.push(&entry);
@@ -387,9 +429,15 @@ impl RingBackend {
         let file = Fixed(u32::from(port.id.index) + 1);
         let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32).as_ptr();
         if self.registered_buffers {
-            opcode::ReadFixed::new(file, at, port.read_len, ARENA).offset(u64::MAX).rw_flags(flags).build()
+            opcode::ReadFixed::new(file, at, port.read_len, ARENA)
+                .offset(u64::MAX)
+                .rw_flags(flags)
+                .build()
         } else {
-            opcode::Read::new(file, at, port.read_len).offset(u64::MAX).rw_flags(flags).build()
+            opcode::Read::new(file, at, port.read_len)
+                .offset(u64::MAX)
+                .rw_flags(flags)
+                .build()
         }
     }
 
@@ -410,21 +458,42 @@ impl RingBackend {
                 break;
             }
             // A device that was down is tried with one packet: each that it refuses costs as much as one that it takes.
-            let count = if port.down { 1 } else { batch.len().min(LONGEST as usize) };
+            let count = if port.down {
+                1
+            } else {
+                batch.len().min(LONGEST as usize)
+            };
             let file = Fixed(index as u32 + 1);
             for (place, packet) in batch[..count].iter_mut().enumerate() {
                 let registered = self.registered_buffers && packet.is_home(&cx.arena);
                 port.counters.foreign_sent += u64::from(!packet.is_home(&cx.arena));
-                let (at, len) = (NonNull::from(&mut packet[..]).cast::<u8>().as_ptr().cast_const(), packet.len() as u32);
+                let (at, len) = (
+                    NonNull::from(&mut packet[..]).cast::<u8>().as_ptr().cast_const(),
+                    packet.len() as u32,
+                );
                 let entry = if registered {
-                    opcode::WriteFixed::new(file, at, len, ARENA).offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
+                    opcode::WriteFixed::new(file, at, len, ARENA)
+                        .offset(u64::MAX)
+                        .rw_flags(libc::RWF_NOWAIT)
+                        .build()
                 } else {
-                    opcode::Write::new(file, at, len).offset(u64::MAX).rw_flags(libc::RWF_NOWAIT).build()
+                    opcode::Write::new(file, at, len)
+                        .offset(u64::MAX)
+                        .rw_flags(libc::RWF_NOWAIT)
+                        .build()
                 };
-                let linked = if port.linked && place + 1 < count { Flags::IO_LINK } else { Flags::empty() };
+                let linked = if port.linked && place + 1 < count {
+                    Flags::IO_LINK
+                } else {
+                    Flags::empty()
+                };
                 self.books.results[place] = PENDING;
                 self.books.sending += 1;
-                self.push(&entry.flags(linked).user_data(Tag::new(Tag::WRITE, port.id.index, place as u32)));
+                self.push(
+                    &entry
+                        .flags(linked)
+                        .user_data(Tag::new(Tag::WRITE, port.id.index, place as u32)),
+                );
             }
             port.counters.system_calls += 1;
             self.enter(0, port.linked, None);
@@ -617,7 +686,10 @@ impl RingBackend {
         let unsubmitted = queue.len();
         drop(queue);
         if self.books.outstanding > unsubmitted {
-            let _ = self.ring.submitter().register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), CancelBuilder::any());
+            let _ = self
+                .ring
+                .submitter()
+                .register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), CancelBuilder::any());
             while self.books.outstanding > unsubmitted && Instant::now() < deadline {
                 // Not through `enter`: nothing more may be submitted, and a broken ring may still complete.
                 let _ = self.handle.enter(0, 1, true, Some(DRAIN_BOUND / 20));
@@ -668,18 +740,27 @@ fn set_up_error(error: &io::Error) -> OpenError {
     let (kind, detail) = match error.raw_os_error() {
         Some(libc::EPERM) if matches!(disabled.trim(), "1" | "2") => (
             OpenErrorKind::IoUring,
-            format!("io_uring is switched off: sysctl kernel.io_uring_disabled is {}", disabled.trim()),
+            format!(
+                "io_uring is switched off: sysctl kernel.io_uring_disabled is {}",
+                disabled.trim()
+            ),
         ),
-        Some(libc::EPERM | libc::EACCES) => {
-            (OpenErrorKind::IoUring, "io_uring is refused, most likely by a container's seccomp profile".to_owned())
-        }
-        Some(libc::ENOSYS) => {
-            (OpenErrorKind::IoUring, "io_uring is not in this kernel, or a sandbox hides it".to_owned())
-        }
-        Some(libc::ENOMEM) => {
-            (OpenErrorKind::MemoryLimit, "no memory for the ring; raise RLIMIT_MEMLOCK (ulimit -l)".to_owned())
-        }
-        Some(libc::EMFILE | libc::ENFILE) => (OpenErrorKind::DescriptorLimit, "out of descriptors (ulimit -n)".to_owned()),
+        Some(libc::EPERM | libc::EACCES) => (
+            OpenErrorKind::IoUring,
+            "io_uring is refused, most likely by a container's seccomp profile".to_owned(),
+        ),
+        Some(libc::ENOSYS) => (
+            OpenErrorKind::IoUring,
+            "io_uring is not in this kernel, or a sandbox hides it".to_owned(),
+        ),
+        Some(libc::ENOMEM) => (
+            OpenErrorKind::MemoryLimit,
+            "no memory for the ring; raise RLIMIT_MEMLOCK (ulimit -l)".to_owned(),
+        ),
+        Some(libc::EMFILE | libc::ENFILE) => (
+            OpenErrorKind::DescriptorLimit,
+            "out of descriptors (ulimit -n)".to_owned(),
+        ),
         _ => (OpenErrorKind::IoUring, "io_uring could not be set up".to_owned()),
     };
     OpenError::new(kind, "io_uring_setup", error, detail)

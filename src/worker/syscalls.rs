@@ -48,9 +48,8 @@ impl SyscallBackend {
             if cx.interrupted() {
                 return Ok(0);
             }
-            self.sleep(cx, ports, Some(index), None).map_err(|error| {
-                PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO))
-            })?;
+            self.sleep(cx, ports, Some(index), None)
+                .map_err(|error| PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO)))?;
         }
     }
 
@@ -129,7 +128,11 @@ impl SyscallBackend {
     ) -> io::Result<bool> {
         self.poll_set.clear();
         self.polled.clear();
-        self.poll_set.push(libc::pollfd { fd: cx.waker.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 });
+        self.poll_set.push(libc::pollfd {
+            fd: cx.waker.as_fd().as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        });
         let mut starved = false;
         for index in 0..ports.len() {
             if !ports.exists(index) || only.is_some_and(|only| only != index) {
@@ -144,7 +147,11 @@ impl SyscallBackend {
                 starved = true;
                 continue;
             }
-            self.poll_set.push(libc::pollfd { fd: port.fd, events: libc::POLLIN, revents: 0 });
+            self.poll_set.push(libc::pollfd {
+                fd: port.fd,
+                events: libc::POLLIN,
+                revents: 0,
+            });
             self.polled.push(index);
         }
         if starved {
@@ -168,7 +175,9 @@ fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &m
         if cx.arena.available(port.account, port.class, 1) == 0 {
             return port.starved();
         }
-        let Some(slot) = cx.arena.check_out(port.account, port.class) else { return port.starved() };
+        let Some(slot) = cx.arena.check_out(port.account, port.class) else {
+            return port.starved();
+        };
         let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32);
         port.counters.system_calls += 1;
         // SAFETY: the slot was just checked out, so nobody else has these bytes; `read_len` of them are there.

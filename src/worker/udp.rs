@@ -19,7 +19,9 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
         let count = cx.arena.available(port.account, port.class, want) as usize;
         let mut ready = 0;
         for entry in &mut slots[..count] {
-            let Some(slot) = cx.arena.check_out(port.account, port.class) else { break };
+            let Some(slot) = cx.arena.check_out(port.account, port.class) else {
+                break;
+            };
             *entry = slot;
             ready += 1;
         }
@@ -79,7 +81,8 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut Batch) -> Sent
         let count = batch.len().min(cx.datagrams.capacity()).min(LONGEST as usize);
         for (index, packet) in batch[..count].iter_mut().enumerate() {
             let (len, peer) = (packet.len(), packet.peer());
-            cx.datagrams.set(index, std::ptr::NonNull::from(&mut packet[..]).cast(), len, peer);
+            cx.datagrams
+                .set(index, std::ptr::NonNull::from(&mut packet[..]).cast(), len, peer);
         }
         let mut results = [0i32; LONGEST as usize];
         let (mut done, mut retries) = (0, 0);

@@ -47,7 +47,11 @@ struct Inner {
 impl WakeHandle {
     pub(crate) fn new() -> io::Result<Self> {
         let eventfd = fd::eventfd()?;
-        Ok(Self(Arc::new(Inner { eventfd, woken: AtomicBool::new(false), stopped: AtomicBool::new(false) })))
+        Ok(Self(Arc::new(Inner {
+            eventfd,
+            woken: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
+        })))
     }
 
     /// Ends the worker's sleep without telling it why.
