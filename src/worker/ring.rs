@@ -108,7 +108,7 @@ impl Tag {
     const DOORBELL: u64 = 5 << 48;
     const CHECK: u64 = 6 << 48;
 
-    fn new(kind: u64, port: u16, value: u32) -> u64 {
+    fn of(kind: u64, port: u16, value: u32) -> u64 {
         kind | u64::from(port) << 32 | u64::from(value)
     }
 
@@ -245,7 +245,7 @@ impl RingBackend {
             .offset(u64::MAX)
             .rw_flags(libc::RWF_NOWAIT)
             .build()
-            .user_data(Tag::new(Tag::CHECK, index as u16, 0));
+            .user_data(Tag::of(Tag::CHECK, index as u16, 0));
         self.books.results[0] = PENDING;
         self.push(&entry);
         while self.books.results[0] == PENDING && self.broken.is_none() {
@@ -376,7 +376,7 @@ impl RingBackend {
             && let Some(slot) = cx.arena.check_out(port.account, port.class)
         {
             let entry = self.read_entry(cx, port, slot, libc::RWF_NOWAIT);
-            self.push(&entry.user_data(Tag::new(Tag::BURST, port.id.index, slot)));
+            self.push(&entry.user_data(Tag::of(Tag::BURST, port.id.index, slot)));
             asked += 1;
         }
         if asked == 0 {
@@ -401,7 +401,7 @@ impl RingBackend {
         let entry = if port.is_udp() {
             opcode::PollAdd::new(Fixed(index as u32 + 1), libc::POLLIN as u32)
                 .build()
-                .user_data(Tag::new(Tag::SOCKET, port.id.index, 0))
+                .user_data(Tag::of(Tag::SOCKET, port.id.index, 0))
         } else {
             if cx.arena.available(port.account, port.class, 1) == 0 {
                 return false;
@@ -410,7 +410,7 @@ impl RingBackend {
                 return false;
             };
             self.read_entry(cx, port, slot, 0)
-                .user_data(Tag::new(Tag::ARMED, port.id.index, slot))
+                .user_data(Tag::of(Tag::ARMED, port.id.index, slot))
         };
         port.armed = true;
         self.push(&entry);
@@ -492,7 +492,7 @@ impl RingBackend {
                 self.push(
                     &entry
                         .flags(linked)
-                        .user_data(Tag::new(Tag::WRITE, port.id.index, place as u32)),
+                        .user_data(Tag::of(Tag::WRITE, port.id.index, place as u32)),
                 );
             }
             port.counters.system_calls += 1;
@@ -666,7 +666,7 @@ impl RingBackend {
         completions.sync();
         for completion in &mut completions {
             let (tag, result) = (Tag(completion.user_data()), completion.result());
-            let burst = tag.0 >> 32 == Tag::new(Tag::BURST, index as u16, 0) >> 32;
+            let burst = tag.0 >> 32 == Tag::of(Tag::BURST, index as u16, 0) >> 32;
             if burst && ports.at(index).deliver(&cx.arena, tag.value(), result, batch) {
                 self.books.outstanding -= 1;
                 got += 1;
