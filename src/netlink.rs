@@ -23,6 +23,7 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use netlink_packet_core::{
@@ -37,6 +38,8 @@ use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, Neig
 use netlink_packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+#[cfg(feature = "lab")]
+use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
@@ -222,6 +225,26 @@ impl Handle {
         self.act("RTM_SETLINK (up or down)", RouteNetlinkMessage::SetLink(message), 0)
     }
 
+    /// Waits until a link that was set up carries packets (IFF_RUNNING), looking every millisecond.
+    ///
+    /// Between `set_up` on the second end of a veth pair (or a port's own carrier) and that moment the kernel drops what is sent: it learns of
+    /// the carrier asynchronously, up to a second later.
+    ///
+    /// # Errors
+    ///
+    /// `TimedOut` if it does not within `bound`.
+    pub fn wait_running(&self, index: u32, bound: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + bound;
+        while !self.link(index)?.running {
+            if Instant::now() >= deadline {
+                let error = io::Error::new(io::ErrorKind::TimedOut, "the link has no carrier; is its other end up?");
+                return Err(failed("wait for IFF_RUNNING", error));
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Sets the MTU in bytes. EINVAL outside what the device takes (68 … 65,535 for TUN).
     pub fn set_mtu(&self, index: u32, mtu: u32) -> io::Result<()> {
         self.set("RTM_SETLINK (mtu)", index, LinkAttribute::Mtu(mtu))
@@ -366,6 +389,36 @@ impl Handle {
             RouteNetlinkMessage::NewNeighbour(message),
             NLM_F_CREATE | NLM_F_REPLACE,
         )
+    }
+
+    /// Drops at the route lookup, in both families, what comes in by the device called `name` and is not for an address of this namespace.
+    #[cfg(feature = "lab")]
+    pub(crate) fn add_blackhole_rule(&self, name: &str) -> io::Result<()> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            let message = RouteNetlinkMessage::NewRule(blackhole_rule(family, name));
+            match self.act("RTM_NEWRULE (blackhole)", message, NLM_F_CREATE | NLM_F_EXCL) {
+                // A kernel without IPv6, or without policy routing for it: nothing of that family passes, or the caller sends IPv4.
+                Err(error)
+                    if family == AddressFamily::Inet6
+                        && RequestError::of(&error).and_then(RequestError::raw_os_error)
+                            == Some(libc::EAFNOSUPPORT) => {}
+                result => result?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes back [`add_blackhole_rule`](Self::add_blackhole_rule).
+    #[cfg(feature = "lab")]
+    pub(crate) fn del_blackhole_rule(&self, name: &str) -> io::Result<()> {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+            self.act(
+                "RTM_DELRULE (blackhole)",
+                RouteNetlinkMessage::DelRule(blackhole_rule(family, name)),
+                0,
+            )?;
+        }
+        Ok(())
     }
 
     fn one_link(&self, message: LinkMessage) -> io::Result<Link> {
@@ -618,6 +671,16 @@ fn route_message(net: IpAddr, prefix: u8, kind: RouteType) -> RouteMessage {
             .attributes
             .push(RouteAttribute::Destination(RouteAddress::from(net)));
     }
+    message
+}
+
+#[cfg(feature = "lab")]
+fn blackhole_rule(family: AddressFamily, name: &str) -> RuleMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    message.header.action = RuleAction::Blackhole;
+    message.attributes.push(RuleAttribute::Iifname(name.to_owned()));
+    message.attributes.push(RuleAttribute::Priority(1)); // behind the local table (0), in front of the main one (32766)
     message
 }
 

@@ -9,10 +9,11 @@ use std::os::fd::AsFd;
 use std::os::linux::fs::MetadataExt;
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{need_tun, trial};
-use tun_driver::lab::{Namespace, Sandbox, sysctl};
+use tun_driver::lab::packet::{self, Ethernet, Framing, Spec};
+use tun_driver::lab::{Catcher, Filler, Namespace, Sandbox, Sink, Tracker, monotonic_ns, process, sysctl};
 use tun_driver::netlink::{Handle, RequestError};
 use tun_driver::{Iface, Mode};
 
@@ -39,6 +40,24 @@ fn main() {
         trial("netlink: addresses and routes come and go", addresses_and_routes),
         trial("netlink: a refusal names request, errno and reason", refusals),
         trial("netlink: a TUN device is described", tun_is_described),
+        trial("sink: BPF drops behind the device what a socket would get", sink_by_bpf),
+        trial("sink: a routing rule drops what would be forwarded", sink_by_routing),
+        trial("sink: one is found without privilege over the host, too", sink_behind),
+        trial(
+            "traffic: what the filler sends is read from the device, whole and in order",
+            filler_to_device,
+        ),
+        trial("traffic: what the queue has no room for is counted", filler_overflow),
+        trial(
+            "traffic: what is written into a TUN device is caught, IPv4 and IPv6, with packet info",
+            tun_to_catcher,
+        ),
+        trial("traffic: what is written into a TAP device is caught", tap_to_catcher),
+        trial(
+            "process: descriptors, memory, threads and CPU time follow what is done",
+            process_figures,
+        )
+        .alone(),
     ])
 }
 
@@ -190,8 +209,10 @@ fn link_settings() {
     assert_eq!((link.gso_max_size, link.gro_max_size), (Some(20_000), Some(30_000)));
     assert!(link.num_tx_queues >= 1 && link.num_rx_queues >= 1);
     assert!(link.up && !link.running, "no carrier while the other end is down");
+    let error = netlink.wait_running(left, Duration::from_millis(5)).unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::TimedOut);
     netlink.set_up(right, true).unwrap();
-    assert!(netlink.link(left).unwrap().running);
+    netlink.wait_running(left, Duration::from_secs(10)).unwrap();
     netlink.set_up(left, false).unwrap();
     assert!(!netlink.link(left).unwrap().up);
     assert_eq!(netlink.index_of("port").unwrap(), left);
@@ -223,6 +244,8 @@ fn veth_between_namespaces() {
     there.add_address(far, ip("10.0.0.2"), 24).unwrap();
     there.add_address(far, ip("fd00::2"), 64).unwrap();
     there.set_up(far, true).unwrap();
+    netlink.wait_running(near, Duration::from_secs(10)).unwrap();
+    there.wait_running(far, Duration::from_secs(10)).unwrap();
     let near_mac = netlink.link(near).unwrap().mac.unwrap();
     let far_mac = there.link(far).unwrap().mac.unwrap();
     netlink.add_neighbour(near, ip("10.0.0.2"), far_mac).unwrap();
@@ -341,4 +364,295 @@ fn tun_is_described() {
     let link = netlink.link(netlink.index_of(tap.name()).unwrap()).unwrap();
     assert!(link.mac.is_some());
     assert!(link.tun.unwrap().tap && link.tun.unwrap().packet_info);
+}
+
+/// A TUN device that is up, with 10.0.0.1/24 and fd00::1/64; its number.
+fn tun_up(tun: &Iface, netlink: &Handle) -> u32 {
+    let index = netlink.index_of(tun.name()).unwrap();
+    netlink.add_address(index, ip("10.0.0.1"), 24).unwrap();
+    netlink.add_address(index, ip("fd00::1"), 64).unwrap();
+    netlink.set_up(index, true).unwrap();
+    index
+}
+
+fn send_all(tun: &Iface, spec: Spec, length: usize, sequences: std::ops::Range<u32>) {
+    let mut buffer = vec![0; spec.framing.len() + length];
+    for sequence in sequences {
+        let total = spec.build(&mut buffer, length, sequence, monotonic_ns());
+        assert_eq!(tun.send(&buffer[..total]).unwrap(), total);
+    }
+}
+
+const PATIENCE: Duration = Duration::from_millis(500);
+
+fn sink_by_bpf() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tun = Iface::without_packet_info("tun%d", Mode::Tun).unwrap();
+    let index = tun_up(&tun, &netlink);
+    let mut catcher = Catcher::bind("10.0.0.1:5000".parse().unwrap()).unwrap();
+    let mut tracker = Tracker::new(1);
+    let spec = Spec::new("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:5000".parse().unwrap());
+
+    let sink = match Sink::with_bpf(index) {
+        Ok(sink) => sink,
+        Err(error) => common::skip(format!("no BPF link at tc ingress (kernel 6.6 and root): {error}")),
+    };
+    assert_eq!(sink.kind(), "BPF drop at tc ingress");
+    let before = netlink.stats(index).unwrap();
+    send_all(&tun, spec, 64, 0..100);
+    let counted = netlink.stats(index).unwrap().since(&before);
+    assert_eq!(
+        (counted.rx_packets, counted.rx_bytes, counted.rx_errors),
+        (100, 6400, 0)
+    );
+    // A packet sent after the sink is gone comes; were any of the hundred on their way, they would come before it.
+    drop(sink);
+    send_all(&tun, spec, 64, 100..101);
+    assert_eq!(catcher.catch(&mut tracker, 1, Duration::from_secs(5)).unwrap(), 1);
+    assert_eq!(catcher.catch(&mut tracker, 1, PATIENCE).unwrap(), 0);
+    assert_eq!((tracker.summary().received, tracker.summary().lost), (1, 100));
+}
+
+fn sink_by_routing() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tun = Iface::without_packet_info("tun%d", Mode::Tun).unwrap();
+    let index = tun_up(&tun, &netlink);
+    let out = Iface::without_packet_info("out%d", Mode::Tun).unwrap();
+    let out_index = netlink.index_of(out.name()).unwrap();
+    netlink.set_up(out_index, true).unwrap();
+    netlink.add_route(ip("198.18.0.0"), 15, None, out_index).unwrap();
+    netlink.add_route(ip("fd01::"), 32, None, out_index).unwrap();
+    sysctl("net/ipv4/ip_forward", 1).unwrap();
+    sysctl("net/ipv6/conf/all/forwarding", 1).unwrap();
+    for (source, target) in [
+        ("10.0.0.2:4000", "198.18.0.9:5000"),
+        ("[fd00::2]:4000", "[fd01::9]:5000"),
+    ] {
+        let spec = Spec::new(source.parse().unwrap(), target.parse().unwrap());
+        let sink = Sink::with_routing(index).unwrap();
+        assert_eq!(sink.kind(), "routing drop");
+        let before = netlink.stats(index).unwrap();
+        send_all(&tun, spec, 64, 0..100);
+        assert_eq!(netlink.stats(index).unwrap().since(&before).rx_packets, 100);
+        drop(sink);
+        send_all(&tun, spec, 64, 100..101);
+        // The first test packet that is forwarded is the one from after the sink.
+        let mut buffer = [0; 1500];
+        let stamp = loop {
+            let length = out.recv(&mut buffer).unwrap();
+            match Framing::NONE.check(&buffer[..length]) {
+                Err(packet::Fault::Foreign) => {}
+                result => break result.unwrap(),
+            }
+        };
+        assert_eq!(stamp.sequence, 100, "{target}");
+    }
+}
+
+fn sink_behind() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tun = Iface::without_packet_info("tun%d", Mode::Tun).unwrap();
+    let index = tun_up(&tun, &netlink);
+    let sink = Sink::behind(index).unwrap();
+    assert!(["BPF drop at tc ingress", "routing drop"].contains(&sink.kind()));
+    assert!(Sink::behind(9999).is_err(), "no such device");
+}
+
+fn filler_to_device() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tun = Iface::new("tun%d", Mode::Tun).unwrap();
+    let index = tun_up(&tun, &netlink);
+    for target in ["10.0.0.9", "fd00::9"] {
+        let mut filler = Filler::new(index, ip(target), 7).unwrap();
+        let mut tracker = Tracker::new(7);
+        let mut buffer = [0; 1504];
+        for (round, (count, length)) in [(100, 64), (1, 1500), (399, 1400)].into_iter().enumerate() {
+            let filled = filler.fill(count, length).unwrap();
+            assert_eq!((filled.sent, filled.dropped, filled.queued()), (count, 0, count));
+            let mut seen = 0;
+            while seen < count {
+                let got = tun.recv(&mut buffer).unwrap();
+                let packet = Framing::PACKET_INFO.check(&buffer[..got]);
+                if packet != Err(packet::Fault::Foreign) {
+                    assert_eq!(got, length + 4, "round {round}");
+                    assert!(packet.unwrap().age(monotonic_ns()) < Duration::from_secs(4));
+                    seen += 1;
+                }
+                tracker.record(packet);
+            }
+        }
+        filler.tell(&mut tracker);
+        tracker.summary().assert_all();
+        assert_eq!((tracker.summary().received, tracker.summary().flows), (500, 7));
+        assert!(filler.fill(1, 1501).is_err(), "longer than the MTU");
+        assert!(filler.fill(1, 43).is_err(), "too short for a stamp");
+    }
+    assert_eq!(
+        Filler::new(index, ip("198.18.0.1"), 1)
+            .unwrap()
+            .fill(1, 100)
+            .unwrap_err()
+            .raw_os_error(),
+        Some(libc::ENETUNREACH)
+    );
+}
+
+fn filler_overflow() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tun = Iface::without_packet_info("tun%d", Mode::Tun).unwrap();
+    let index = tun_up(&tun, &netlink);
+    netlink.set_txqueuelen(index, 50).unwrap();
+    let mut filler = Filler::new(index, ip("10.0.0.9"), 1).unwrap();
+    let filled = filler.fill(200, 100).unwrap();
+    assert_eq!((filled.sent, filled.queued()), (200, 50));
+    let mut tracker = Tracker::new(1);
+    let mut buffer = [0; 1500];
+    for _ in 0..50 {
+        let length = tun.recv(&mut buffer).unwrap();
+        tracker.record(Framing::NONE.check(&buffer[..length]));
+    }
+    filler.tell(&mut tracker);
+    tracker.summary().assert_orderly();
+    assert_eq!((tracker.summary().received, tracker.summary().lost), (50, 150));
+}
+
+fn tun_to_catcher() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tun = Iface::new("tun%d", Mode::Tun).unwrap();
+    tun_up(&tun, &netlink);
+    for (source, target, least) in [
+        ("10.0.0.2:4000", "10.0.0.1:5000", packet::MIN_IPV4),
+        ("[fd00::2]:4000", "[fd00::1]:5000", packet::MIN_IPV6),
+    ] {
+        let mut catcher = Catcher::bind(target.parse().unwrap()).unwrap();
+        let mut tracker = Tracker::new(3);
+        let spec = Spec::new(source.parse().unwrap(), target.parse().unwrap()).framing(Framing::PACKET_INFO);
+        for flow in 0..3 {
+            send_all(&tun, spec.flow(flow), least, 0..100);
+            send_all(&tun, spec.flow(flow), 1400, 100..200);
+            tracker.sent(flow, 200);
+        }
+        assert_eq!(catcher.catch(&mut tracker, 600, Duration::from_secs(5)).unwrap(), 600);
+        assert_eq!(catcher.dropped().unwrap(), 0);
+        tracker.summary().assert_all();
+
+        // A packet changed on the way, past the UDP checksum, is told from a whole one.
+        let mut buffer = [0; 104];
+        spec.build(&mut buffer, 100, 200, 0);
+        let payload = 4 + 100 - (100 - least + packet::STAMP_LEN);
+        buffer[payload + packet::STAMP_LEN + 1] ^= 0x10;
+        buffer[payload + packet::STAMP_LEN + 3] ^= 0x10; // may leave the sum as it was, or not
+        let udp_checksum = payload - 2..payload;
+        if ip(target.rsplit_once(':').unwrap().0.trim_matches(['[', ']'])).is_ipv4() {
+            buffer[udp_checksum].fill(0); // none
+            tun.send(&buffer).unwrap();
+            assert_eq!(catcher.catch(&mut tracker, 1, Duration::from_secs(5)).unwrap(), 1);
+            assert_eq!(tracker.summary().damaged, 1);
+        }
+    }
+
+    // A catcher that does not look loses packets, and says so.
+    let mut catcher = Catcher::bind("10.0.0.1:6000".parse().unwrap()).unwrap();
+    catcher.set_receive_buffer(1 << 20).unwrap();
+    let spec = Spec::new("10.0.0.2:1".parse().unwrap(), "10.0.0.1:6000".parse().unwrap()).framing(Framing::PACKET_INFO);
+    let mut sent = 0;
+    while catcher.dropped().unwrap() == 0 {
+        send_all(&tun, spec, 1400, sent..sent + 1000);
+        sent += 1000;
+        assert!(sent < 1_000_000, "its buffer has an end");
+    }
+    let mut tracker = Tracker::new(1);
+    catcher.catch(&mut tracker, sent as usize, PATIENCE).unwrap();
+    tracker.sent(0, sent);
+    assert_eq!(tracker.summary().lost, u64::from(catcher.dropped().unwrap()));
+    tracker.summary().assert_orderly();
+}
+
+fn tap_to_catcher() {
+    need_tun();
+    let netlink = Handle::new().unwrap();
+    let tap = Iface::without_packet_info("tap%d", Mode::Tap).unwrap();
+    let index = tun_up(&tap, &netlink);
+    let own = netlink.link(index).unwrap().mac.unwrap();
+    let peer = [2, 0, 0, 0, 0, 9];
+    let framing = Framing {
+        ethernet: Some(Ethernet {
+            source: peer,
+            target: own,
+        }),
+        ..Framing::NONE
+    };
+    let mut catcher = Catcher::bind("10.0.0.1:5000".parse().unwrap()).unwrap();
+    let spec = Spec::new("10.0.0.9:4000".parse().unwrap(), "10.0.0.1:5000".parse().unwrap()).framing(framing);
+    let mut tracker = Tracker::new(1);
+    send_all(&tap, spec, 46, 0..100);
+    send_all(&tap, spec, 1500, 100..200);
+    assert_eq!(catcher.catch(&mut tracker, 200, Duration::from_secs(5)).unwrap(), 200);
+    tracker.sent(0, 200);
+    tracker.summary().assert_all();
+
+    netlink.add_neighbour(index, ip("10.0.0.9"), peer).unwrap();
+    let mut filler = Filler::new(index, ip("10.0.0.9"), 2).unwrap();
+    assert_eq!(filler.fill(10, 100).unwrap().queued(), 10);
+    let mut tracker = Tracker::new(2);
+    let mut buffer = [0; 1514];
+    while tracker.received() < 10 {
+        let length = tap.recv(&mut buffer).unwrap();
+        tracker.record(framing.check(&buffer[..length]));
+    }
+    filler.tell(&mut tracker);
+    tracker.summary().assert_all();
+}
+
+fn process_figures() {
+    let before = process::open_descriptors().unwrap();
+    let held: Vec<_> = (0..10).map(|_| fs::File::open("/dev/null").unwrap()).collect();
+    assert_eq!(process::open_descriptors().unwrap(), before + 10);
+    drop(held);
+    assert_eq!(process::open_descriptors().unwrap(), before);
+
+    let before = process::memory().unwrap();
+    let block = vec![1u8; 64 << 20];
+    let grown = process::memory().unwrap().resident - before.resident;
+    assert!(grown > 60 << 20, "64 MiB touched, {grown} bytes more");
+    drop(block);
+    assert_eq!(before.locked % 1024, 0);
+
+    let thread = thread::Builder::new().name("counted".to_owned());
+    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let thread = thread.spawn(move || stopped.recv().unwrap_err()).unwrap();
+    let began = Instant::now();
+    // A thread takes its name itself, after it has begun.
+    while !process::threads().unwrap().iter().any(|name| name == "counted") {
+        assert!(began.elapsed() < Duration::from_secs(10));
+    }
+    drop(stop);
+    thread.join().unwrap();
+    let began = Instant::now();
+    // It is gone from /proc a little after join returns.
+    while process::threads().unwrap().iter().any(|name| name == "counted") {
+        assert!(began.elapsed() < Duration::from_secs(10));
+    }
+    assert_eq!(process::io_workers().unwrap(), 0);
+
+    let (all, own) = (process::process_cpu_time(), process::thread_cpu_time());
+    while process::thread_cpu_time() < own + Duration::from_millis(20) {}
+    assert!(process::process_cpu_time() >= all + Duration::from_millis(20));
+    let own = process::thread_cpu_time();
+    thread::spawn(|| {
+        let own = process::thread_cpu_time();
+        while process::thread_cpu_time() < own + Duration::from_millis(50) {}
+    })
+    .join()
+    .unwrap();
+    assert!(
+        process::thread_cpu_time() < own + Duration::from_millis(50),
+        "another thread's time is not counted"
+    );
 }

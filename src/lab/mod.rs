@@ -17,6 +17,22 @@
 //! # }
 //! ```
 
+pub mod packet;
+pub mod process;
+
 mod sandbox;
+mod sink;
+mod tracker;
+mod traffic;
 
 pub use sandbox::{Namespace, Sandbox, sysctl};
+pub use sink::Sink;
+pub use tracker::{Summary, Tracker};
+pub use traffic::{Catcher, Filled, Filler};
+
+use crate::sys;
+
+/// Nanoseconds of CLOCK_MONOTONIC, the clock of [`packet::Stamp::sent`]; comparable between processes.
+pub fn monotonic_ns() -> u64 {
+    sys::lab::monotonic_ns()
+}

@@ -1,9 +1,13 @@
 //! Floor 0: the kernel's ABI. The only modules that know ioctl numbers, struct layouts and raw system calls.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "lab")]
+pub(crate) mod bpf;
 pub(crate) mod fd;
 pub(crate) mod host;
 pub(crate) mod netdevice;
+#[cfg(feature = "lab")]
+pub(crate) mod lab;
 #[cfg(feature = "lab")]
 pub(crate) mod netns;
 pub(crate) mod setns;

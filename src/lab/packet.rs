@@ -1,0 +1,543 @@
+//! Test packets that know what they are: UDP over IPv4 or IPv6 with a stamp in the payload.
+//!
+//! ```text
+//! | packet info 4 | vnet header | Ethernet 14 | IPv4 20 or IPv6 40 | UDP 8 | stamp 16 | pattern … |
+//!   `--------------- Framing ---------------'                              `---- checksummed ----'
+//! stamp: checksum u32 | flow u16 | payload length u16 | sequence u32 | sent u32      (all big endian)
+//! ```
+//!
+//! The stamp's checksum finds any change within one aligned word of the payload for certain, and other changes but for one in 2³².
+//!
+//! ```
+//! use tun_driver::lab::packet::{Framing, Spec};
+//!
+//! let spec = Spec::new("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:5000".parse().unwrap());
+//! let mut buffer = [0; 1500];
+//! let length = spec.build(&mut buffer, 1400, 7, 0);
+//! assert_eq!(length, 1400);
+//! let stamp = Framing::NONE.check(&buffer[..length]).unwrap();
+//! assert_eq!((stamp.flow, stamp.sequence), (0, 7));
+//! ```
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::time::Duration;
+
+/// Bytes of the stamp at the payload's start; no payload is shorter.
+pub const STAMP_LEN: usize = 16;
+
+/// The shortest IPv4 packet that holds a stamp.
+pub const MIN_IPV4: usize = IPV4_LEN + UDP_LEN + STAMP_LEN;
+
+/// The shortest IPv6 packet that holds a stamp.
+pub const MIN_IPV6: usize = IPV6_LEN + UDP_LEN + STAMP_LEN;
+
+const PACKET_INFO_LEN: usize = 4;
+const ETHERNET_LEN: usize = 14;
+const IPV4_LEN: usize = 20;
+const IPV6_LEN: usize = 40;
+const UDP_LEN: usize = 8;
+const PROTOCOL_UDP: u8 = 17;
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+
+/// Where the stamp's fields are, from the payload's start.
+mod field {
+    use super::Range;
+
+    pub(super) const CHECKSUM: Range<usize> = 0..4;
+    pub(super) const FLOW: Range<usize> = 4..6;
+    pub(super) const LENGTH: Range<usize> = 6..8;
+    pub(super) const SEQUENCE: Range<usize> = 8..12;
+    pub(super) const SENT: Range<usize> = 12..16;
+}
+
+/// What stands in front of the IP header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Framing {
+    /// The four bytes of a device opened with packet info.
+    pub packet_info: bool,
+    /// Length of a virtio net header; it is written as zeros (no offload).
+    pub vnet_header: usize,
+    /// An Ethernet header, for TAP.
+    pub ethernet: Option<Ethernet>,
+}
+
+/// The addresses of an Ethernet header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ethernet {
+    /// The sender's hardware address.
+    pub source: [u8; 6],
+    /// The receiver's hardware address.
+    pub target: [u8; 6],
+}
+
+/// The packets of one flow: where from, where to, and what stands in front of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// The source address and port.
+    pub source: SocketAddr,
+    /// The target address and port; of the same family.
+    pub target: SocketAddr,
+    /// The flow's number in the stamps.
+    pub flow: u16,
+    /// What stands in front of the IP header.
+    pub framing: Framing,
+}
+
+/// What a packet says of itself, verified.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// Its flow's number.
+    pub flow: u16,
+    /// Its number within the flow.
+    pub sequence: u32,
+    /// Bytes of the UDP payload.
+    pub length: usize,
+    /// The lower half of [`monotonic_ns`](super::monotonic_ns) at the time it was built or sent.
+    pub sent: u32,
+}
+
+/// Why bytes are not one of our packets, whole and unchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// Not UDP over IP: something else was on the wire (ARP, neighbour discovery, …), not a damaged packet of ours.
+    Foreign,
+    /// Shorter than its headers and a stamp, or a length that disagrees with the bytes at hand: cut off or padded.
+    Length,
+    /// A header field that we never write so.
+    Header,
+    /// The IPv4 header's checksum is wrong.
+    HeaderChecksum,
+    /// The payload is not the one that was sent.
+    Corrupted,
+}
+
+impl Framing {
+    /// A bare IP packet, as a TUN device without packet info has it.
+    pub const NONE: Self = Self {
+        packet_info: false,
+        vnet_header: 0,
+        ethernet: None,
+    };
+
+    /// Packet info in front.
+    pub const PACKET_INFO: Self = Self {
+        packet_info: true,
+        ..Self::NONE
+    };
+
+    /// Bytes in front of the IP header.
+    pub fn len(&self) -> usize {
+        self.ethernet_at() + if self.ethernet.is_some() { ETHERNET_LEN } else { 0 }
+    }
+
+    /// Whether the IP header comes first.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Verifies a packet with this framing: headers, lengths, checksums. Addresses are not compared.
+    ///
+    /// The UDP checksum is not looked at: with offloads the kernel leaves it unfinished. The stamp's own covers the payload.
+    pub fn check(&self, bytes: &[u8]) -> Result<Stamp, Fault> {
+        let packet = bytes.get(self.len()..).ok_or(Fault::Length)?;
+        let ethertype = match packet.first().ok_or(Fault::Length)? >> 4 {
+            4 => ETHERTYPE_IPV4,
+            6 => ETHERTYPE_IPV6,
+            _ => return Err(Fault::Foreign),
+        };
+        if self.packet_info && bytes[2..PACKET_INFO_LEN] != ethertype.to_be_bytes() {
+            return Err(Fault::Header);
+        }
+        if self.ethernet.is_some() && bytes[self.len() - 2..self.len()] != ethertype.to_be_bytes() {
+            return Err(Fault::Foreign);
+        }
+        let datagram = match ethertype {
+            ETHERTYPE_IPV4 => check_ipv4(packet)?,
+            _ => check_ipv6(packet)?,
+        };
+        if datagram.len() < UDP_LEN || u16_at(datagram, 4..6) as usize != datagram.len() {
+            return Err(Fault::Length);
+        }
+        check_payload(&datagram[UDP_LEN..])
+    }
+
+    fn ethernet_at(&self) -> usize {
+        self.vnet_header + if self.packet_info { PACKET_INFO_LEN } else { 0 }
+    }
+}
+
+impl Spec {
+    /// Flow 0 between two addresses, without framing.
+    pub fn new(source: SocketAddr, target: SocketAddr) -> Self {
+        Self {
+            source,
+            target,
+            flow: 0,
+            framing: Framing::NONE,
+        }
+    }
+
+    /// The same with another flow number; its ports move along, so that the kernel sees another flow too.
+    pub fn flow(mut self, flow: u16) -> Self {
+        self.source
+            .set_port(self.source.port().wrapping_add(flow.wrapping_sub(self.flow)));
+        self.flow = flow;
+        self
+    }
+
+    /// The same behind `framing`.
+    pub fn framing(mut self, framing: Framing) -> Self {
+        self.framing = framing;
+        self
+    }
+
+    /// Writes packet number `sequence`, `length` bytes from the IP header on, sent at `now` (see [`monotonic_ns`](super::monotonic_ns)),
+    /// to the front of `buffer`. Returns how many bytes it takes with its framing. Nothing is allocated.
+    ///
+    /// # Panics
+    ///
+    /// If `length` is below [`MIN_IPV4`] or [`MIN_IPV6`] or above 65,535, if the buffer is too short, or if the families differ.
+    pub fn build(&self, buffer: &mut [u8], length: usize, sequence: u32, now: u64) -> usize {
+        let total = self.framing.len() + length;
+        let (front, packet) = buffer[..total].split_at_mut(self.framing.len());
+        let ethertype = if self.source.is_ipv4() {
+            ETHERTYPE_IPV4
+        } else {
+            ETHERTYPE_IPV6
+        };
+        front.fill(0);
+        if self.framing.packet_info {
+            front[2..PACKET_INFO_LEN].copy_from_slice(&ethertype.to_be_bytes());
+        }
+        if let Some(Ethernet { source, target }) = self.framing.ethernet {
+            let header = &mut front[self.framing.ethernet_at()..];
+            header[..6].copy_from_slice(&target);
+            header[6..12].copy_from_slice(&source);
+            header[12..].copy_from_slice(&ethertype.to_be_bytes());
+        }
+        let length16 = u16::try_from(length).expect("an IP packet has at most 65,535 bytes");
+        let (header_len, pseudo) = match (self.source, self.target) {
+            (SocketAddr::V4(source), SocketAddr::V4(target)) => {
+                let header = &mut packet[..IPV4_LEN];
+                header.fill(0);
+                header[0] = 0x45;
+                header[2..4].copy_from_slice(&length16.to_be_bytes());
+                header[6] = 0x40; // do not fragment
+                header[8] = 64;
+                header[9] = PROTOCOL_UDP;
+                header[12..16].copy_from_slice(&source.ip().octets());
+                header[16..20].copy_from_slice(&target.ip().octets());
+                let checksum = !fold(sum(header));
+                header[10..12].copy_from_slice(&checksum.to_be_bytes());
+                (IPV4_LEN, sum(&packet[12..IPV4_LEN]))
+            }
+            (SocketAddr::V6(source), SocketAddr::V6(target)) => {
+                let header = &mut packet[..IPV6_LEN];
+                header.fill(0);
+                header[0] = 0x60;
+                header[4..6].copy_from_slice(&(length16 - IPV6_LEN as u16).to_be_bytes());
+                header[6] = PROTOCOL_UDP;
+                header[7] = 64;
+                header[8..24].copy_from_slice(&source.ip().octets());
+                header[24..40].copy_from_slice(&target.ip().octets());
+                (IPV6_LEN, sum(&packet[8..IPV6_LEN]))
+            }
+            _ => panic!("source and target are of two families"),
+        };
+        let datagram = &mut packet[header_len..];
+        let datagram_len = datagram.len() as u16;
+        write_payload(&mut datagram[UDP_LEN..], self.flow, sequence, now);
+        datagram[0..2].copy_from_slice(&self.source.port().to_be_bytes());
+        datagram[2..4].copy_from_slice(&self.target.port().to_be_bytes());
+        datagram[4..6].copy_from_slice(&datagram_len.to_be_bytes());
+        datagram[6..8].fill(0);
+        let checksum = match !fold(pseudo + u64::from(PROTOCOL_UDP) + u64::from(datagram_len) + sum(datagram)) {
+            0 => 0xffff, // zero would say "none"
+            checksum => checksum,
+        };
+        datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
+        total
+    }
+}
+
+impl Stamp {
+    /// How long ago it was sent, by the same clock; right for ages below 4.29 seconds.
+    pub fn age(&self, now: u64) -> Duration {
+        Duration::from_nanos(u64::from((now as u32).wrapping_sub(self.sent)))
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Foreign => "not a test packet",
+            Self::Length => "cut off or padded",
+            Self::Header => "wrong header",
+            Self::HeaderChecksum => "wrong checksum of the IPv4 header",
+            Self::Corrupted => "payload changed",
+        })
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// Fills a UDP payload: the stamp, then a pattern.
+///
+/// # Panics
+///
+/// If it is shorter than [`STAMP_LEN`] or longer than 65,535 bytes.
+pub fn write_payload(payload: &mut [u8], flow: u16, sequence: u32, now: u64) {
+    let length = u16::try_from(payload.len()).expect("a UDP payload has less than 64 KiB");
+    payload[field::FLOW].copy_from_slice(&flow.to_be_bytes());
+    payload[field::LENGTH].copy_from_slice(&length.to_be_bytes());
+    payload[field::SEQUENCE].copy_from_slice(&sequence.to_be_bytes());
+    payload[field::SENT].copy_from_slice(&(now as u32).to_be_bytes());
+    for (index, byte) in payload[STAMP_LEN..].iter_mut().enumerate() {
+        *byte = (index as u8).wrapping_add(sequence as u8);
+    }
+    let checksum = digest(&payload[field::CHECKSUM.end..]);
+    payload[field::CHECKSUM].copy_from_slice(&checksum.to_be_bytes());
+}
+
+/// Verifies a UDP payload, as a socket receives it.
+pub fn check_payload(payload: &[u8]) -> Result<Stamp, Fault> {
+    if payload.len() < STAMP_LEN {
+        return Err(Fault::Length);
+    }
+    if u32_at(payload, field::CHECKSUM) != digest(&payload[field::CHECKSUM.end..]) {
+        // The length field tells a cut from a change, unless that is what changed.
+        let length = u16_at(payload, field::LENGTH) as usize;
+        return Err(if length == payload.len() {
+            Fault::Corrupted
+        } else {
+            Fault::Length
+        });
+    }
+    let stamp = Stamp {
+        flow: u16_at(payload, field::FLOW),
+        sequence: u32_at(payload, field::SEQUENCE),
+        length: u16_at(payload, field::LENGTH) as usize,
+        sent: u32_at(payload, field::SENT),
+    };
+    if stamp.length == payload.len() {
+        Ok(stamp)
+    } else {
+        Err(Fault::Length)
+    }
+}
+
+fn check_ipv4(packet: &[u8]) -> Result<&[u8], Fault> {
+    if packet.len() < IPV4_LEN {
+        return Err(Fault::Length);
+    }
+    if packet[9] != PROTOCOL_UDP {
+        return Err(Fault::Foreign);
+    }
+    if packet[0] != 0x45 || u16_at(packet, 6..8) & 0x3fff != 0 {
+        return Err(Fault::Header); // options, or a fragment
+    }
+    if u16_at(packet, 2..4) as usize != packet.len() {
+        return Err(Fault::Length);
+    }
+    if fold(sum(&packet[..IPV4_LEN])) != 0xffff {
+        return Err(Fault::HeaderChecksum);
+    }
+    Ok(&packet[IPV4_LEN..])
+}
+
+fn check_ipv6(packet: &[u8]) -> Result<&[u8], Fault> {
+    if packet.len() < IPV6_LEN {
+        return Err(Fault::Length);
+    }
+    if packet[6] != PROTOCOL_UDP {
+        return Err(Fault::Foreign);
+    }
+    if u16_at(packet, 4..6) as usize != packet.len() - IPV6_LEN {
+        return Err(Fault::Length);
+    }
+    Ok(&packet[IPV6_LEN..])
+}
+
+/// Each step maps states one to one for a given word, and words one to one for a given state: two inputs of one length that differ in one
+/// word have different digests.
+fn digest(bytes: &[u8]) -> u32 {
+    let step = |state: u32, word: u32| (state ^ word).wrapping_mul(0x9e37_79b1).rotate_left(13);
+    let mut words = bytes.chunks_exact(4);
+    let mut state = 0x811c_9dc5 ^ bytes.len() as u32;
+    for word in &mut words {
+        state = step(state, u32_at(word, 0..4));
+    }
+    let mut last = [0; 4];
+    last[..words.remainder().len()].copy_from_slice(words.remainder());
+    step(state, u32::from_be_bytes(last))
+}
+
+/// The internet checksum's sum (RFC 1071), not folded.
+fn sum(bytes: &[u8]) -> u64 {
+    let mut words = bytes.chunks_exact(2);
+    let sum: u64 = words.by_ref().map(|word| u64::from(u16_at(word, 0..2))).sum();
+    sum + words.remainder().first().map_or(0, |&byte| u64::from(byte) << 8)
+}
+
+fn fold(mut sum: u64) -> u16 {
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+fn u16_at(bytes: &[u8], at: Range<usize>) -> u16 {
+    let mut value = [0; 2];
+    value.copy_from_slice(&bytes[at]);
+    u16::from_be_bytes(value)
+}
+
+fn u32_at(bytes: &[u8], at: Range<usize>) -> u32 {
+    let mut value = [0; 4];
+    value.copy_from_slice(&bytes[at]);
+    u32::from_be_bytes(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use etherparse::{PacketHeaders, TransportHeader};
+    use proptest::prelude::*;
+
+    const TAP: Framing = Framing {
+        ethernet: Some(Ethernet {
+            source: [2, 0, 0, 0, 0, 1],
+            target: [2, 0, 0, 0, 0, 2],
+        }),
+        ..Framing::NONE
+    };
+
+    fn framing() -> impl Strategy<Value = Framing> {
+        (
+            any::<bool>(),
+            prop_oneof![Just(0usize), Just(10), Just(12), Just(24)],
+            any::<bool>(),
+        )
+            .prop_map(|(packet_info, vnet_header, tap)| Framing {
+                packet_info,
+                vnet_header,
+                ethernet: TAP.ethernet.filter(|_| tap),
+            })
+    }
+
+    fn packets() -> impl Strategy<Value = (Spec, usize, u32, u64)> {
+        (
+            any::<bool>(),
+            framing(),
+            any::<u16>(),
+            0usize..1600,
+            any::<u32>(),
+            any::<u64>(),
+        )
+            .prop_map(|(v4, framing, flow, extra, sequence, now)| {
+                let (source, target, least) = if v4 {
+                    ("10.0.0.2:4000", "198.18.3.4:5000", MIN_IPV4)
+                } else {
+                    ("[fd00::2]:4000", "[fd00::1:3]:5000", MIN_IPV6)
+                };
+                let spec = Spec::new(source.parse().unwrap(), target.parse().unwrap())
+                    .flow(flow)
+                    .framing(framing);
+                (spec, least + extra, sequence, now)
+            })
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_built_is_found_again((spec, length, sequence, now) in packets()) {
+            let mut buffer = vec![0xee; spec.framing.len() + length + 1];
+            let total = spec.build(&mut buffer, length, sequence, now);
+            prop_assert_eq!(total, spec.framing.len() + length);
+            prop_assert_eq!(buffer[total], 0xee, "nothing behind it is touched");
+            let stamp = spec.framing.check(&buffer[..total]).unwrap();
+            prop_assert_eq!((stamp.flow, stamp.sequence, stamp.sent), (spec.flow, sequence, now as u32));
+            prop_assert_eq!(stamp.age(now + 5), Duration::from_nanos(5));
+
+            // Another reader of the same bytes agrees on headers and checksums.
+            let packet = &buffer[spec.framing.len()..total];
+            let headers = PacketHeaders::from_ip_slice(packet).unwrap();
+            let Some(TransportHeader::Udp(udp)) = headers.transport else { panic!("not UDP") };
+            prop_assert_eq!((udp.source_port, udp.destination_port), (spec.source.port(), spec.target.port()));
+            let net = headers.net.unwrap();
+            let payload = headers.payload.slice();
+            let checksum = match &net {
+                etherparse::NetHeaders::Ipv4(ip, _) => {
+                    prop_assert_eq!(ip.header_checksum, ip.calc_header_checksum());
+                    udp.calc_checksum_ipv4(ip, payload).unwrap()
+                }
+                etherparse::NetHeaders::Ipv6(ip, _) => udp.calc_checksum_ipv6(ip, payload).unwrap(),
+                _ => panic!("not IP"),
+            };
+            prop_assert_eq!(udp.checksum, checksum);
+            prop_assert_eq!(check_payload(payload), Ok(stamp));
+        }
+
+        #[test]
+        fn one_changed_byte_of_the_payload_is_found((spec, length, sequence, now) in packets(), at in any::<prop::sample::Index>(), change in 1u8..) {
+            let mut buffer = vec![0; spec.framing.len() + length];
+            let total = spec.build(&mut buffer, length, sequence, now);
+            let payload = if spec.source.is_ipv4() { IPV4_LEN } else { IPV6_LEN } + UDP_LEN + spec.framing.len();
+            buffer[payload + at.index(total - payload)] ^= change;
+            prop_assert!(matches!(spec.framing.check(&buffer), Err(Fault::Corrupted | Fault::Length)));
+        }
+
+        #[test]
+        fn a_cut_or_padded_packet_is_found((spec, length, sequence, now) in packets(), at in any::<prop::sample::Index>()) {
+            let mut buffer = vec![0; spec.framing.len() + length + 1];
+            let total = spec.build(&mut buffer, length, sequence, now);
+            prop_assert_eq!(spec.framing.check(&buffer[..at.index(total)]), Err(Fault::Length));
+            prop_assert_eq!(spec.framing.check(&buffer), Err(Fault::Length));
+            // The same of payloads that a socket cut.
+            let payload = if spec.source.is_ipv4() { IPV4_LEN } else { IPV6_LEN } + UDP_LEN + spec.framing.len();
+            prop_assert_eq!(check_payload(&buffer[payload..payload + at.index(total - payload)]), Err(Fault::Length));
+        }
+
+        #[test]
+        fn any_bytes_are_refused_or_right(bytes in prop::collection::vec(any::<u8>(), 0..200), framing in framing()) {
+            // Must not panic; that random bytes carry a right stamp is not to be expected.
+            prop_assert!(framing.check(&bytes).is_err());
+            prop_assert!(check_payload(&bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn every_byte_of_a_packet_counts() {
+        let spec = Spec::new("10.0.0.2:4000".parse().unwrap(), "10.0.0.1:5000".parse().unwrap());
+        let mut buffer = [0; 64];
+        spec.build(&mut buffer, 64, 1, 2);
+        let udp = IPV4_LEN..IPV4_LEN + UDP_LEN;
+        for at in 0..64 {
+            // Ports and UDP checksum are not verified here, and all of the rest is.
+            if udp.contains(&at) && !(IPV4_LEN + 4..IPV4_LEN + 6).contains(&at) {
+                continue;
+            }
+            for change in 1..=255u8 {
+                let mut changed = buffer;
+                changed[at] ^= change;
+                assert!(Framing::NONE.check(&changed).is_err(), "byte {at} changed by {change}");
+            }
+        }
+        // Two swapped words of the pattern, which a plain sum would not see.
+        let mut swapped = buffer;
+        swapped[44..52].rotate_left(4);
+        assert_eq!(Framing::NONE.check(&swapped), Err(Fault::Corrupted));
+    }
+
+    #[test]
+    fn strangers_are_told_from_damage() {
+        assert_eq!(TAP.check(&[0; 60]), Err(Fault::Foreign));
+        let mut icmp = [0; 64];
+        icmp[0] = 0x60;
+        icmp[6] = 58;
+        assert_eq!(Framing::NONE.check(&icmp), Err(Fault::Foreign));
+    }
+}

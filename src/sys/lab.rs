@@ -1,0 +1,147 @@
+//! System calls of the laboratory: clocks, socket buffers, batches of datagrams in memory of their own.
+
+use std::io;
+use std::mem::size_of;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::time::Duration;
+
+use super::socket::Datagrams;
+use super::syscall;
+
+/// clock_gettime(2) of CLOCK_MONOTONIC, in nanoseconds; comparable between processes.
+pub(crate) fn monotonic_ns() -> u64 {
+    clock(libc::CLOCK_MONOTONIC).as_nanos() as u64
+}
+
+/// CPU time that the calling thread has used.
+pub(crate) fn thread_cpu_time() -> Duration {
+    clock(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// CPU time that all threads of the process have used.
+pub(crate) fn process_cpu_time() -> Duration {
+    clock(libc::CLOCK_PROCESS_CPUTIME_ID)
+}
+
+fn clock(id: libc::clockid_t) -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is writable for the call. It cannot fail: each of these clocks exists on every kernel we know.
+    unsafe { libc::clock_gettime(id, &mut time) };
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Sets a socket's receive buffer: by SO_RCVBUFFORCE, which the host's limit does not bind, or else as much of it as SO_RCVBUF gives.
+pub(crate) fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::Result<()> {
+    let set = |option| {
+        let (value, size) = (
+            std::ptr::from_ref(&bytes).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        );
+        // SAFETY: both options read one int, which outlives the call.
+        unsafe { syscall!(setsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, option, value, size)) }.map(drop)
+    };
+    set(libc::SO_RCVBUFFORCE).or_else(|_| set(libc::SO_RCVBUF))
+}
+
+/// Packets that a socket dropped because its buffer was full (SO_MEMINFO).
+pub(crate) fn socket_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    const SK_MEMINFO_DROPS: usize = 8; // linux/sock_diag.h
+    const SK_MEMINFO_VARS: usize = 9;
+    let mut values = [0u32; SK_MEMINFO_VARS];
+    let mut size = size_of::<[u32; SK_MEMINFO_VARS]>() as libc::socklen_t;
+    // SAFETY: `values` is writable for `size` bytes.
+    unsafe {
+        syscall!(getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &mut size
+        ))
+    }?;
+    Ok(values[SK_MEMINFO_DROPS])
+}
+
+/// A batch of datagrams with memory of its own, allocated once.
+pub(crate) struct DatagramBatch {
+    datagrams: Datagrams,
+    memory: Box<[u8]>,
+    slot: usize,
+}
+
+// SAFETY: the addresses inside `datagrams` point to boxed memory of this value only; both calls set them anew or leave them as they are.
+unsafe impl Send for DatagramBatch {}
+
+impl DatagramBatch {
+    /// Room for `capacity` datagrams of at most `slot` bytes.
+    pub(crate) fn new(capacity: usize, slot: usize) -> Self {
+        Self {
+            datagrams: Datagrams::new(capacity),
+            memory: vec![0; capacity * slot].into(),
+            slot,
+        }
+    }
+
+    pub(crate) fn capacity(&self) -> usize {
+        self.datagrams.capacity()
+    }
+
+    /// Sends `count` datagrams of `len` bytes, each filled and addressed by `fill(index, bytes)`. Waits for room, `bound` at most; returns how many went.
+    pub(crate) fn send(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        count: usize,
+        len: usize,
+        bound: Duration,
+        mut fill: impl FnMut(usize, &mut [u8]) -> SocketAddr,
+    ) -> io::Result<usize> {
+        let count = count.min(self.capacity());
+        for (index, slot) in self.memory.chunks_exact_mut(self.slot).take(count).enumerate() {
+            let bytes = &mut slot[..len];
+            let target = fill(index, bytes);
+            self.datagrams
+                .set(index, NonNull::from(bytes).cast(), len, Some(target));
+        }
+        let mut sent = 0;
+        while sent < count {
+            // SAFETY: the entries point into `memory`, which nobody else touches meanwhile.
+            match unsafe { self.datagrams.send(fd.as_raw_fd(), sent, count) } {
+                Ok(more) => sent += more,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let mut wait = [libc::pollfd {
+                        fd: fd.as_raw_fd(),
+                        events: libc::POLLOUT,
+                        revents: 0,
+                    }];
+                    if super::fd::poll(&mut wait, Some(bound))? == 0 {
+                        break;
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(sent)
+    }
+
+    /// Receives what is there and shows each datagram with whether it was cut; never waits.
+    pub(crate) fn receive(&mut self, fd: BorrowedFd<'_>, mut show: impl FnMut(&[u8], bool)) -> io::Result<usize> {
+        for (index, slot) in self.memory.chunks_exact_mut(self.slot).enumerate() {
+            self.datagrams
+                .set(index, NonNull::from(&mut *slot).cast(), slot.len(), None);
+        }
+        // SAFETY: the entries point into `memory`, which nobody else touches meanwhile.
+        let count = match unsafe { self.datagrams.receive(fd.as_raw_fd(), self.capacity()) } {
+            Ok(count) => count,
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
+            Err(error) => return Err(error),
+        };
+        for (index, slot) in self.memory.chunks_exact(self.slot).take(count).enumerate() {
+            let arrived = self.datagrams.arrived(index);
+            show(&slot[..arrived.len.min(self.slot)], arrived.truncated);
+        }
+        Ok(count)
+    }
+}
