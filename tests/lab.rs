@@ -18,7 +18,15 @@ use tun_driver::netlink::{Handle, RequestError};
 use tun_driver::{Iface, Mode};
 
 fn main() {
+    if std::env::var_os(SAMPLE).is_some() {
+        common::run(sample_trials());
+    }
     common::run(vec![
+        trial(
+            "the runner tells passed, panicked, hanging and skipped trials apart",
+            runner_tells_apart,
+        ),
+        trial("the runner refuses to pass over what is required", runner_requires),
         trial(
             "a trial stands alone in its namespace, loopback up",
             alone_with_loopback,
@@ -59,6 +67,85 @@ fn main() {
         )
         .alone(),
     ])
+}
+
+/// Set in the environment, this file's trials are those of `sample_trials`.
+const SAMPLE: &str = "TUN_DRIVER_RUNNER_SAMPLE";
+
+fn sample_trials() -> Vec<common::Trial> {
+    vec![
+        trial("passes", || {}),
+        trial("panics", || panic!("as it must: {}", 6 * 7)),
+        trial("hangs", || thread::sleep(Duration::from_secs(1000))).bound(Duration::from_millis(200)),
+        trial("skips", || common::skip("for a reason")),
+        trial("needs", || common::need_program("no-such-program", "no-such-package")),
+    ]
+}
+
+/// Runs the sample in a child process: whether it passed, and what it printed.
+fn sample(arguments: &[&str], environment: &[(&str, &str)]) -> (bool, String) {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(arguments)
+        .env(SAMPLE, "1")
+        .env_remove("TUN_DRIVER_REQUIRE_ALL")
+        .env_remove("TUN_DRIVER_REQUIRE_NETNS")
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap();
+    (output.status.success(), String::from_utf8(output.stdout).unwrap())
+}
+
+fn runner_tells_apart() {
+    let (passed, text) = sample(&[], &[]);
+    assert!(!passed, "{text}");
+    assert!(text.contains("1 passed; 2 failed; 2 ignored"), "{text}");
+    assert!(text.contains("as it must: 42"), "{text}");
+    assert!(text.contains("`hangs` hangs: it did not end within 200ms"), "{text}");
+    assert!(
+        text.contains("for a reason") && text.contains("apt-get install no-such-package"),
+        "{text}"
+    );
+    let (passed, text) = sample(&["passes"], &[]);
+    assert!(passed && text.contains("1 passed; 0 failed; 0 ignored"), "{text}");
+    let (passed, text) = sample(&["--list"], &[]);
+    assert!(passed && text.contains("hangs: test"), "{text}");
+}
+
+fn runner_requires() {
+    let (passed, _) = sample(&["skips"], &[]);
+    assert!(passed);
+    let (passed, text) = sample(&["skips"], &[("TUN_DRIVER_REQUIRE_ALL", "1")]);
+    assert!(
+        !passed && text.contains("skipped, but all are required: for a reason"),
+        "{text}"
+    );
+    // Without any namespace to be had: in a user namespace that may make none.
+    let refused = |require: &str| {
+        let script = "echo 0 > /proc/sys/user/max_net_namespaces && exec \"$0\" passes";
+        let output = Command::new("unshare")
+            .args(["--user", "--map-root-user", "sh", "-c", script])
+            .arg(std::env::current_exe().unwrap())
+            .env(SAMPLE, "1")
+            .env("TUN_DRIVER_REQUIRE_NETNS", require)
+            .output()
+            .unwrap();
+        if output.stdout.is_empty() {
+            common::skip(format!(
+                "no user namespace: {}",
+                String::from_utf8_lossy(&output.stderr).trim()
+            ));
+        }
+        (output.status.success(), String::from_utf8(output.stdout).unwrap())
+    };
+    common::need_program("unshare", "util-linux");
+    let (passed, text) = refused("0");
+    assert!(passed && text.contains("0 passed; 0 failed; 1 ignored"), "{text}");
+    assert!(
+        text.contains("ignored (no network namespace: unshare(CLONE_NEWNET)"),
+        "{text}"
+    );
+    let (passed, text) = refused("1");
+    assert!(!passed && text.contains("0 passed; 1 failed"), "{text}");
 }
 
 fn inode() -> u64 {
