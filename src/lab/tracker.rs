@@ -257,12 +257,13 @@ mod tests {
         good.sent(0, 10);
         good.summary().assert_all();
 
-        let wrongs: [(&str, &dyn Fn(&mut Tracker)); 5] = [
-            ("late or duplicate", &|tracker| tracker.record(stamp(0, 3))),
-            ("damaged", &|tracker| tracker.record(Err(Fault::Corrupted))),
-            ("cut", &|tracker| tracker.record(Err(Fault::Length))),
-            ("invented", &|tracker| tracker.record(stamp(0, 10))),
-            ("lost", &|tracker| tracker.sent(0, 11)),
+        type Wrong = (&'static str, fn(&mut Tracker));
+        let wrongs: [Wrong; 5] = [
+            ("late or duplicate", |tracker| tracker.record(stamp(0, 3))),
+            ("damaged", |tracker| tracker.record(Err(Fault::Corrupted))),
+            ("cut", |tracker| tracker.record(Err(Fault::Length))),
+            ("invented", |tracker| tracker.record(stamp(0, 10))),
+            ("lost", |tracker| tracker.sent(0, 11)),
         ];
         for (name, wrong) in wrongs {
             let mut tracker = good.clone();

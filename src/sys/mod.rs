@@ -5,9 +5,9 @@
 pub(crate) mod bpf;
 pub(crate) mod fd;
 pub(crate) mod host;
-pub(crate) mod netdevice;
 #[cfg(feature = "lab")]
 pub(crate) mod lab;
+pub(crate) mod netdevice;
 #[cfg(feature = "lab")]
 pub(crate) mod netns;
 pub(crate) mod setns;
