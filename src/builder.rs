@@ -562,13 +562,18 @@ fn netlink_errno(error: &io::Error) -> Option<i32> {
     RequestError::of(error).map_or(error.raw_os_error(), RequestError::raw_os_error)
 }
 
-/// Why the kernel would refuse the name (dev_valid_name and dev_alloc_name of net/core/dev.c), or cut it.
+/// Why the kernel would refuse the name, or cut it: dev_valid_name and dev_alloc_name of net/core/dev.c, and
+/// sysctl_dev_name_is_allowed of net/ipv4/devinet.c.
 fn invalid_name(name: &str) -> Option<&'static str> {
     if name.len() > IfName::MAX_LEN {
         return Some("it has more than 15 bytes");
     }
     if name == "." || name == ".." {
         return Some("it is a directory");
+    }
+    // The folders of net.ipv4.conf and net.ipv6.conf that are no device's.
+    if name == "all" || name == "default" {
+        return Some("it means every device to sysctl");
     }
     if name.bytes().any(|byte| byte == 0) {
         return Some("it has a NUL inside");
@@ -616,6 +621,8 @@ mod tests {
             "%s",
             "%d%d",
             "à",
+            "all",
+            "default",
         ] {
             assert!(invalid_name(name).is_some(), "{name:?}");
         }
