@@ -119,8 +119,8 @@ impl Builder {
     /// Attaches to a device of that name if there is one, instead of refusing. It must be of the same mode, and multi-queue or not, as
     /// asked here. Its owner may do so without privilege, if the settings need none.
     ///
-    /// What survives on a persistent device from earlier users is put back: header size, offloads, send buffer, carrier, steering and
-    /// filter programs, address filter. Not put back is what anybody may see and set: addresses, MTU, up or down.
+    /// What survives on a persistent device from earlier users is put back: header size, offloads, carrier, steering and filter
+    /// programs, address filter. Not put back is what anybody may see and set: addresses, MTU, up or down.
     pub fn attach_existing(mut self, attach: bool) -> Self {
         self.attach_existing = attach;
         self
@@ -494,7 +494,8 @@ impl Netns {
     }
 }
 
-/// Puts back what a persistent device keeps from whoever had it before. What older kernels do not know, they do not keep.
+/// Puts back what a persistent device keeps from whoever had it before. What older kernels do not know, they do not keep. The send buffer
+/// is the queue's own, and a new one has the default; setting it would change that of others' queues.
 fn reset(fds: &[OwnedFd], mode: Mode) -> Result<(), OpenError> {
     let first = fds[0].as_fd();
     let must = |call, result: io::Result<()>| result.map_err(|error| attach::os_error(call, &error));
@@ -503,7 +504,6 @@ fn reset(fds: &[OwnedFd], mode: Mode) -> Result<(), OpenError> {
         "ioctl(TUNSETVNETHDRSZ)",
         tun::set_vnet_hdr_size(first, tun::VNET_HDR_SIZE_DEFAULT),
     )?;
-    must("ioctl(TUNSETSNDBUF)", tun::set_send_buffer(first, i32::MAX))?;
     let known = |call, result: io::Result<()>| match result {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::ENOTTY)) => Ok(()),
         result => must(call, result),

@@ -5,12 +5,13 @@ mod device;
 
 use std::fs::File;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 use common::{need_tun, trial};
 use device::{
-    NOBODY, Node, exists, ioctl_int, ioctl_value, link, namespace, open_descriptors, raw_tun, udp_payload, unprivileged,
+    NOBODY, Node, exists, ioctl_int, ioctl_value, link, namespace, open_descriptors, raw_tun, read_packet,
+    socket_behind, udp_payload, unprivileged,
 };
 use tun_driver::netlink::Handle;
 use tun_driver::{Builder, Iface, Mode, MultiQueue, OpenError, OpenErrorKind, Support, TunNode};
@@ -325,6 +326,7 @@ fn main() {
             let fd = before.as_fd();
             ioctl_int(fd, libc::TUNSETVNETHDRSZ, 12).unwrap();
             ioctl_int(fd, libc::TUNSETSNDBUF, 5000).unwrap();
+            ioctl_int(fd, libc::TUNSETCARRIER, 0).unwrap();
             let offload = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6;
             ioctl_value(fd, libc::TUNSETOFFLOAD, offload.into()).unwrap();
             ioctl_value(fd, libc::TUNSETPERSIST, 1).unwrap();
@@ -341,6 +343,51 @@ fn main() {
             assert_eq!(queue.send_buffer().unwrap(), i32::MAX);
             assert!(link("kept").running, "carrier");
             assert!(!device.granted().vnet_hdr);
+        }),
+        trial("filters on a persistent device are taken off", || {
+            need_tun();
+            // A list of one address that nobody has, and a program that drops every packet: each keeps all from the reader.
+            let address = |fd: BorrowedFd<'_>| {
+                let filter: [u8; 10] = [0, 0, 1, 0, 2, 0, 0, 0, 0, 0xaa];
+                let filter = if cfg!(target_endian = "big") {
+                    [0, 0, 0, 1, 2, 0, 0, 0, 0, 0xaa]
+                } else {
+                    filter
+                };
+                ioctl_value(fd, libc::TUNSETTXFILTER, filter.as_ptr() as u64).unwrap();
+            };
+            let program = |fd: BorrowedFd<'_>| {
+                let program = drop_all().unwrap_or_else(|error| common::skip(format!("no BPF: {error}")));
+                ioctl_int(fd, libc::TUNSETFILTEREBPF, program.as_raw_fd()).unwrap();
+            };
+            let filters: [&dyn Fn(BorrowedFd<'_>); 2] = [&address, &program];
+            for filter in filters {
+                let before = raw_tun("filter", libc::IFF_TAP | libc::IFF_NO_PI).unwrap();
+                filter(before.as_fd());
+                ioctl_value(before.as_fd(), libc::TUNSETPERSIST, 1).unwrap();
+                drop(before);
+                let reader = || Builder::new("filter", Mode::Tap).attach_existing(true).up(true);
+                // The plain device leaves filters alone, which shows that they are there.
+                let plain = Iface::without_packet_info("filter", Mode::Tap).unwrap();
+                let socket = socket_behind(link("filter").index);
+                let dropped = link("filter").stats.tx_dropped;
+                socket.send_to(b"dropped", "198.18.0.2:9").unwrap();
+                assert!(
+                    link("filter").stats.tx_dropped > dropped,
+                    "the filter survives, or this test tests nothing"
+                );
+                drop(plain);
+                let device = reader().persist(false).open().unwrap();
+                let broadcast = UdpSocket::bind("198.18.0.1:0").unwrap();
+                broadcast.set_broadcast(true).unwrap();
+                broadcast.send_to(b"passed", "198.18.0.255:9").unwrap();
+                let mut buf = [0; 2048];
+                let passed = (0..20).any(|_| {
+                    let len = read_packet(&device.queues()[0], &mut buf);
+                    udp_payload(&buf[14..len]).is_some_and(|payload| payload == b"passed")
+                });
+                assert!(passed);
+            }
         }),
         trial("the plain device puts offloads back too", || {
             need_tun();
@@ -495,7 +542,7 @@ fn main() {
         trial("a namespace by its file", || {
             need_tun();
             let there = namespace();
-            let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&there.as_fd()));
+            let path = format!("/proc/self/fd/{}", there.as_fd().as_raw_fd());
             let device = Builder::new("path", Mode::Tun).netns_path(path).open().unwrap();
             assert!(there.run(|| exists("path")).unwrap() && !exists("path"));
             drop(device);
@@ -616,7 +663,7 @@ fn main() {
                 iov_base: byte.as_mut_ptr().cast(),
                 iov_len: 1,
             };
-            let fd = std::os::fd::AsRawFd::as_raw_fd(&device.queues()[0]);
+            let fd = device.queues()[0].as_raw_fd();
             // SAFETY: one iovec over one byte.
             let result = unsafe { libc::preadv2(fd, &raw const iovec, 1, -1, libc::RWF_NOWAIT) };
             let unsupported = result == -1 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EOPNOTSUPP);
@@ -673,13 +720,44 @@ fn tso(name: &str) -> bool {
     }
     ifreq.ifr_ifru.ifru_data = value.as_mut_ptr().cast();
     // SAFETY: the request fills the struct ethtool_value (two u32) behind ifr_data.
-    let result = unsafe {
-        libc::ioctl(
-            std::os::fd::AsRawFd::as_raw_fd(&socket),
-            libc::SIOCETHTOOL as libc::Ioctl,
-            &raw mut ifreq,
-        )
-    };
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as libc::Ioctl, &raw mut ifreq) };
     assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
     value[1] != 0
+}
+
+/// A socket filter that keeps no byte of any packet: `r0 = 0; exit`.
+fn drop_all() -> std::io::Result<OwnedFd> {
+    const BPF_PROG_LOAD: i32 = 5;
+    const BPF_PROG_TYPE_SOCKET_FILTER: u32 = 1;
+    /// The head of `union bpf_attr` of linux/bpf.h, for BPF_PROG_LOAD; the kernel takes the rest as zero.
+    #[repr(C)]
+    struct Attributes {
+        prog_type: u32,
+        insn_cnt: u32,
+        insns: u64,
+        license: u64,
+        log: [u32; 6],
+    }
+    let instructions: [[u8; 8]; 2] = [[0xb7, 0, 0, 0, 0, 0, 0, 0], [0x95, 0, 0, 0, 0, 0, 0, 0]];
+    let attributes = Attributes {
+        prog_type: BPF_PROG_TYPE_SOCKET_FILTER,
+        insn_cnt: 2,
+        insns: instructions.as_ptr() as u64,
+        license: c"MIT".as_ptr() as u64,
+        log: [0; 6],
+    };
+    // SAFETY: the attributes and what they point to live through the call; the descriptor is new.
+    unsafe {
+        let fd = libc::syscall(
+            libc::SYS_bpf,
+            BPF_PROG_LOAD,
+            &raw const attributes,
+            size_of_val(&attributes),
+        );
+        if fd == -1 {
+            Err(std::io::Error::last_os_error())
+        } else {
+            Ok(OwnedFd::from_raw_fd(fd as i32))
+        }
+    }
 }

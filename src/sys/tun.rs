@@ -118,11 +118,6 @@ pub(crate) fn send_buffer(fd: BorrowedFd<'_>) -> io::Result<i32> {
     get_int(fd, libc::TUNGETSNDBUF)
 }
 
-/// TUNSETSNDBUF: for all queues attached now.
-pub(crate) fn set_send_buffer(fd: BorrowedFd<'_>, bytes: i32) -> io::Result<()> {
-    set_int(fd, libc::TUNSETSNDBUF, bytes)
-}
-
 /// TUNSETCARRIER (Linux 5.0).
 pub(crate) fn set_carrier(fd: BorrowedFd<'_>, on: bool) -> io::Result<()> {
     set_int(fd, libc::TUNSETCARRIER, on.into())
