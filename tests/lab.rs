@@ -495,10 +495,15 @@ fn sink_by_bpf() {
     );
     // A packet sent after the sink is gone comes; were any of the hundred on their way, they would come before it.
     drop(sink);
-    send_all(&tun, spec, 64, 100..101);
-    assert_eq!(catcher.catch(&mut tracker, 1, Duration::from_secs(5)).unwrap(), 1);
+    // The link may hold for a moment after its descriptor was closed.
+    let came = (100..150).any(|sequence| {
+        send_all(&tun, spec, 64, sequence..sequence + 1);
+        catcher.catch(&mut tracker, 1, PATIENCE).unwrap() == 1
+    });
+    assert!(came);
     assert_eq!(catcher.catch(&mut tracker, 1, PATIENCE).unwrap(), 0);
-    assert_eq!((tracker.summary().received, tracker.summary().lost), (1, 100));
+    assert_eq!(tracker.summary().received, 1);
+    assert!(tracker.summary().lost >= 100);
 }
 
 fn sink_by_routing() {
