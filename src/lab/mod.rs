@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+pub mod measure;
 pub mod packet;
 pub mod process;
 

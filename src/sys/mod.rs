@@ -3,6 +3,8 @@
 
 #[cfg(feature = "lab")]
 pub(crate) mod bpf;
+#[cfg(feature = "lab")]
+pub(crate) mod cpu;
 pub(crate) mod fd;
 pub(crate) mod host;
 #[cfg(feature = "lab")]

@@ -1,0 +1,56 @@
+//! CPU time and placement of threads: clock_gettime(2), sched_setaffinity(2).
+
+use std::io;
+use std::mem;
+use std::time::Duration;
+
+/// CPU time that the calling thread has used, user and system together (`CLOCK_THREAD_CPUTIME_ID`).
+pub(crate) fn thread_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel fills the timespec that the pointer refers to, which lives on this stack.
+    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    debug_assert_eq!(result, 0, "the clock exists since Linux 2.6.12 and the pointer is good");
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
+/// Keeps the calling thread on one CPU.
+pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
+    if cpu >= libc::CPU_SETSIZE as usize {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: cpu_set_t is an array of integers, for which all zeroes is a value: the empty set.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    // SAFETY: the index is below CPU_SETSIZE, checked above, so the bit lies inside the set.
+    unsafe { libc::CPU_SET(cpu, &mut set) };
+    // SAFETY: the kernel reads as many bytes as the set has; 0 names the calling thread.
+    unsafe { super::syscall!(sched_setaffinity(0, mem::size_of::<libc::cpu_set_t>(), &set)) }.map(drop)
+}
+
+/// The CPUs that the calling thread may run on, in rising order; at least one.
+pub(crate) fn allowed() -> io::Result<Vec<usize>> {
+    // SAFETY: cpu_set_t is an array of integers, for which all zeroes is a value: the empty set.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    // SAFETY: the kernel writes at most as many bytes as the set has; 0 names the calling thread.
+    unsafe { super::syscall!(sched_getaffinity(0, mem::size_of::<libc::cpu_set_t>(), &mut set)) }?;
+    // SAFETY: the index is below CPU_SETSIZE, so the bit lies inside the set.
+    Ok((0..libc::CPU_SETSIZE as usize)
+        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pinned_thread_stays_where_it_was_put() {
+        let run = || {
+            let last = *allowed()?.last().expect("this thread runs somewhere");
+            pin_thread(last)?;
+            assert_eq!(allowed()?, [last]);
+            assert!(pin_thread(libc::CPU_SETSIZE as usize).is_err());
+            io::Result::Ok(())
+        };
+        std::thread::spawn(run).join().expect("no panic").expect("no error");
+    }
+}
