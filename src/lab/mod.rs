@@ -17,9 +17,11 @@
 //! # }
 //! ```
 
+pub mod cases;
 pub mod measure;
 pub mod packet;
 pub mod process;
+pub mod ways;
 
 mod sandbox;
 mod sink;

@@ -1,0 +1,233 @@
+//! The ways that this library offers, for the [`cases`](super::cases): its plain `Iface`, and its worker on either backend.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use super::cases::{Drained, Reply, Runner, Way, turn_around};
+use crate::sys::tun;
+use crate::{Backend, Batch, Builder, Iface, Mode, PortError, PortId, Sent, Wait, Worker, WorkerConfig};
+
+/// A loop over [`Iface::recv`] and [`Iface::send`] with one buffer: what the worker is compared with.
+#[derive(Clone, Copy, Debug)]
+pub struct IfaceLoop {
+    /// Whether the descriptor is made O_NONBLOCK, as [`cases::drain`](super::cases::drain) needs it. A blocking one is for the round trip,
+    /// where a non-blocking one cannot serve.
+    pub nonblocking: bool,
+}
+
+impl Way for IfaceLoop {
+    fn name(&self) -> &str {
+        if self.nonblocking {
+            "Iface, non-blocking"
+        } else {
+            "Iface, blocking"
+        }
+    }
+
+    fn open(&self, devices: &[&str]) -> io::Result<Box<dyn Runner>> {
+        let mut ifaces = Vec::with_capacity(devices.len());
+        for name in devices {
+            let iface = Iface::without_packet_info(name, Mode::Tun)?;
+            if self.nonblocking {
+                tun::change_status_flags(iface.as_fd(), libc::O_NONBLOCK, 0)?;
+            }
+            ifaces.push(iface);
+        }
+        Ok(Box::new(IfaceRunner {
+            ifaces,
+            nonblocking: self.nonblocking,
+            buffer: vec![0; BUFFER_LEN],
+            filled: (0, 0),
+        }))
+    }
+}
+
+struct IfaceRunner {
+    ifaces: Vec<Iface>,
+    nonblocking: bool,
+    buffer: Vec<u8>,
+    /// Length and number of the packets to send.
+    filled: (usize, usize),
+}
+
+impl Runner for IfaceRunner {
+    fn drain(&mut self, device: usize, expected: usize) -> io::Result<Drained> {
+        if !self.nonblocking {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "draining a blocking descriptor would wait at its end",
+            ));
+        }
+        let mut drained = Drained::default();
+        while drained.packets < expected {
+            match self.ifaces[device].recv(&mut self.buffer) {
+                Ok(len) => {
+                    drained.packets += 1;
+                    drained.bytes += len;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(drained)
+    }
+
+    fn fill(&mut self, _device: usize, packet: &[u8], count: usize) -> io::Result<()> {
+        self.buffer[..packet.len()].copy_from_slice(packet);
+        self.filled = (packet.len(), count);
+        Ok(())
+    }
+
+    fn send(&mut self, device: usize) -> io::Result<usize> {
+        let (len, count) = self.filled;
+        let mut accepted = 0;
+        for _ in 0..count {
+            if self.ifaces[device].send(&self.buffer[..len])? == len {
+                accepted += 1;
+            }
+        }
+        Ok(accepted)
+    }
+
+    fn echo(&mut self) -> io::Result<()> {
+        if self.nonblocking {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "a loop over a non-blocking descriptor would not wait",
+            ));
+        }
+        loop {
+            let len = self.ifaces[0].recv(&mut self.buffer)?;
+            let packet = &mut self.buffer[..len];
+            match turn_around(packet) {
+                Reply::Send => drop(self.ifaces[0].send(packet)?),
+                Reply::Ignore => {}
+                Reply::Stop => return Ok(()),
+            }
+        }
+    }
+}
+
+/// A [`Worker`] with [`recv_many`](Worker::recv_many) and [`send_many`](Worker::send_many).
+#[derive(Clone, Debug)]
+pub struct ByWorker {
+    name: String,
+    config: WorkerConfig,
+}
+
+impl ByWorker {
+    /// A worker in its default configuration, apart from the backend, which is forced, and the wait.
+    pub fn new(backend: Backend, wait: Wait) -> Self {
+        let backend_name = match backend {
+            Backend::IoUring => "io_uring",
+            Backend::Syscalls => "system calls",
+        };
+        let name = match wait {
+            Wait::Block => format!("worker, {backend_name}"),
+            Wait::Spin {
+                duration: Duration::MAX,
+            } => format!("worker, {backend_name}, busy"),
+            Wait::Spin { duration } => format!("worker, {backend_name}, spin {duration:?}"),
+        };
+        Self {
+            name,
+            config: WorkerConfig {
+                backend: Some(backend),
+                wait,
+                ..WorkerConfig::default()
+            },
+        }
+    }
+}
+
+impl Way for ByWorker {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn open(&self, devices: &[&str]) -> io::Result<Box<dyn Runner>> {
+        let mut worker = Worker::new(&self.config)?;
+        let mut ports = Vec::with_capacity(devices.len());
+        for name in devices {
+            for queue in Builder::new(name, Mode::Tun).open()?.into_queues() {
+                ports.push(worker.attach(queue)?);
+            }
+        }
+        Ok(Box::new(WorkerRunner {
+            worker,
+            ports,
+            received: Batch::with_capacity(BATCH),
+            filled: Vec::new(),
+        }))
+    }
+}
+
+struct WorkerRunner {
+    worker: Worker,
+    ports: Vec<PortId>,
+    received: Batch,
+    filled: Vec<Batch>,
+}
+
+impl Runner for WorkerRunner {
+    fn drain(&mut self, device: usize, expected: usize) -> io::Result<Drained> {
+        let mut drained = Drained::default();
+        while drained.packets < expected && self.worker.try_recv_many(self.ports[device], &mut self.received)? > 0 {
+            for packet in self.received.drain() {
+                drained.packets += 1;
+                drained.bytes += packet.len();
+            }
+        }
+        Ok(drained)
+    }
+
+    fn fill(&mut self, _device: usize, packet: &[u8], count: usize) -> io::Result<()> {
+        self.filled
+            .resize_with(count.div_ceil(BATCH), || Batch::with_capacity(BATCH));
+        for number in 0..count {
+            let no_room = |_| io::Error::other("the batch is full");
+            let packet = self
+                .worker
+                .packet_from(packet)
+                .ok_or_else(|| io::Error::other("no buffer is free"))?;
+            self.filled[number / BATCH].push(packet).map_err(no_room)?;
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, device: usize) -> io::Result<usize> {
+        let mut accepted = 0;
+        for batch in &mut self.filled {
+            let sent = self.worker.send_many(self.ports[device], batch);
+            accepted += sent.accepted;
+            refused(&sent)?;
+        }
+        Ok(accepted)
+    }
+
+    fn echo(&mut self) -> io::Result<()> {
+        let mut stop = false;
+        while !stop {
+            self.worker.recv_many(self.ports[0], &mut self.received)?;
+            self.received.retain_mut(|packet| {
+                let reply = turn_around(packet);
+                stop |= reply == Reply::Stop;
+                reply == Reply::Send
+            });
+            let sent = self.worker.send_many(self.ports[0], &mut self.received);
+            refused(&sent)?;
+        }
+        Ok(())
+    }
+}
+
+/// Packets per batch, as a worker loop would have it.
+const BATCH: usize = 64;
+
+/// A packet of up to 1500 bytes fits.
+const BUFFER_LEN: usize = 2048;
+
+fn refused(sent: &Sent) -> Result<(), PortError> {
+    sent.refusal.or(sent.stopped).map_or(Ok(()), Err)
+}
