@@ -1,4 +1,4 @@
-//! Packet I/O engine for Linux gateways.
+#![doc = include_str!("../README.md")]
 
 #![deny(missing_docs)]
 #![deny(unsafe_code)]
