@@ -1,16 +1,45 @@
 //! The plain loop: one packet per call, no configuration. Prints what the network stack sends into a TUN device.
 //!
-//! Run as root, then in another terminal: `ip addr add 10.107.1.2/24 dev mytun; ip link set mytun up; ping 10.107.1.3`.
+//! As root, and then in another terminal:
+//!
+//! ```text
+//! cargo run --example per_packet -- mytun
+//! ip addr add 198.18.0.1/24 dev mytun; ip link set mytun up; ping 198.18.0.2
+//! ```
+
+mod cli;
+
+use std::error::Error;
+use std::process::ExitCode;
 
 use tun_driver::{Iface, Mode};
 
-fn main() {
-    let iface = Iface::new("mytun", Mode::Tun).expect("Failed to create a TUN device");
+fn main() -> ExitCode {
+    cli::end(run())
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let mut cli = cli::Cli::parse("per_packet [NAME] [--packets N]");
+    let name: String = cli.word("mytun");
+
+    let iface = Iface::new(&name, Mode::Tun)?;
+    // Not always the name that was asked for: with "tun%d" the kernel puts a number.
     println!("created {}", iface.name());
-    // The device's MTU, and four bytes of packet information in front.
+
+    // The device's MTU, and four bytes of packet information in front of each packet: two of flags, and the EtherType.
     let mut buffer = vec![0; 1504];
-    loop {
-        let len = iface.recv(&mut buffer).unwrap();
-        println!("{} bytes: {:02x?}", len - 4, &buffer[4..len]);
+    for _ in 0..cli.packets() {
+        // Blocks until there is a packet. An error is final here: the device was deleted.
+        let len = iface.recv(&mut buffer)?;
+        let Some((info, packet)) = buffer[..len].split_at_checked(4) else {
+            continue;
+        };
+        println!(
+            "EtherType {:02x}{:02x}, {} bytes: {packet:02x?}",
+            info[2],
+            info[3],
+            packet.len()
+        );
     }
+    Ok(())
 }

@@ -1,0 +1,149 @@
+//! What the examples' command lines have in common, so that each example shows the library and little else.
+#![allow(dead_code, unreachable_pub)] // each example uses its share
+
+use std::error::Error;
+use std::process::{self, ExitCode};
+use std::str::FromStr;
+use std::time::Duration;
+use std::{env, fmt, thread, vec};
+
+use tun_driver::{Backend, Waker, Worker, WorkerConfig};
+
+/// The command line: words in their order, and options anywhere between them.
+pub struct Cli {
+    usage: &'static str,
+    words: vec::IntoIter<String>,
+    packets: Option<u64>,
+    seconds: Option<u64>,
+    keepalive_ms: u64,
+    backend: Option<Backend>,
+}
+
+impl Cli {
+    /// Reads it. `--help`, and what cannot be understood, print the usage and end the process.
+    pub fn parse(usage: &'static str) -> Self {
+        let mut cli = Self {
+            usage,
+            words: Vec::new().into_iter(),
+            packets: None,
+            seconds: None,
+            keepalive_ms: 10_000,
+            backend: None,
+        };
+        let mut words = Vec::new();
+        let mut arguments = env::args().skip(1);
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().unwrap_or_default();
+            match argument.as_str() {
+                "--packets" => cli.packets = Some(cli.read(&value())),
+                "--seconds" => cli.seconds = Some(cli.read(&value())),
+                "--keepalive-ms" => cli.keepalive_ms = cli.read(&value()),
+                "--backend" => {
+                    cli.backend = match value().as_str() {
+                        "io_uring" => Some(Backend::IoUring),
+                        "syscalls" => Some(Backend::Syscalls),
+                        other => cli.refuse(other),
+                    }
+                }
+                "--help" => {
+                    println!("usage: {usage}");
+                    process::exit(0)
+                }
+                option if option.starts_with('-') => cli.refuse(option),
+                _ => words.push(argument),
+            }
+        }
+        cli.words = words.into_iter();
+        cli
+    }
+
+    /// The next word, or `default` if there are no more.
+    pub fn word<T: FromStr + ToString>(&mut self, default: &str) -> T {
+        let word = self.words.next().unwrap_or_else(|| default.to_owned());
+        self.read(&word)
+    }
+
+    /// The next word, if there is one.
+    pub fn optional_word(&mut self) -> Option<String> {
+        self.words.next()
+    }
+
+    /// `--packets`, or without end.
+    pub fn packets(&self) -> u64 {
+        self.packets.unwrap_or(u64::MAX)
+    }
+
+    /// `--keepalive-ms`.
+    pub fn keepalive(&self) -> Duration {
+        Duration::from_millis(self.keepalive_ms)
+    }
+
+    /// The defaults, and the backend that `--backend` forces.
+    pub fn worker_config(&self) -> WorkerConfig {
+        WorkerConfig {
+            backend: self.backend,
+            ..WorkerConfig::default()
+        }
+    }
+
+    /// Stops the worker at Ctrl-C (or SIGTERM), and after `--seconds`.
+    ///
+    /// A signal does not end a worker's wait; its waker does, from any thread.
+    pub fn stop_at_the_end(&self, waker: Waker) -> Result<(), Box<dyn Error>> {
+        if let Some(seconds) = self.seconds {
+            let waker = waker.clone();
+            thread::spawn(move || {
+                thread::sleep(Duration::from_secs(seconds));
+                waker.stop();
+            });
+        }
+        ctrlc::set_handler(move || waker.stop())?;
+        Ok(())
+    }
+
+    fn read<T: FromStr>(&self, word: &str) -> T {
+        word.parse().unwrap_or_else(|_| self.refuse(word))
+    }
+
+    fn refuse(&self, what: &str) -> ! {
+        eprintln!("{what:?} is not understood\nusage: {}", self.usage);
+        process::exit(2)
+    }
+}
+
+/// Says which backend runs, and that packets are served from now on.
+pub fn print_ready(worker: &Worker, what: impl fmt::Display) {
+    let report = worker.backend();
+    println!("{:?} ({})", report.backend, report.why);
+    println!("ready: {what}");
+}
+
+/// One line per port: what went through it, and what did not.
+pub fn print_counters(worker: &Worker) {
+    for port in worker.ports() {
+        let name = worker.queue(port).map_or("udp", |queue| queue.name());
+        let Some(counters) = worker.counters(port) else {
+            continue;
+        };
+        println!(
+            "{name}: received {} (truncated {}) sent {} refused {} backpressure {}",
+            counters.received_packets,
+            counters.truncated,
+            counters.sent_packets,
+            counters.refused_packets,
+            counters.backpressure
+        );
+    }
+    println!("discarded {}", worker.discarded());
+}
+
+/// Ends the process with what came of it. The errors of the library say in words what to do, in their `Display`.
+pub fn end(result: Result<(), Box<dyn Error>>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! A wire between two TUN devices, the second one perhaps in another network namespace. One worker serves both, and a packet is sent from
+//! the buffer it was received into.
+//!
+//! As root:
+//!
+//! ```text
+//! ip netns add blue
+//! cargo run --features netlink --example forward
+//! ping 198.18.3.2                                  # in another terminal
+//! ```
+
+mod cli;
+
+use std::error::Error;
+use std::net::Ipv4Addr;
+use std::process::ExitCode;
+use std::thread;
+use std::time::Duration;
+
+use tun_driver::{Batch, Builder, Mode, PortError, PortErrorKind, PortId, Queue, Worker};
+
+/// How soon to try again when a device took no more.
+const RETRY: Duration = Duration::from_millis(1);
+
+/// One direction of the wire, with what is on its way.
+struct Way {
+    from: PortId,
+    to: PortId,
+    batch: Batch,
+}
+
+fn main() -> ExitCode {
+    cli::end(run())
+}
+
+fn run() -> Result<(), Box<dyn Error>> {
+    let mut cli = cli::Cli::parse(
+        "forward [LEFT [RIGHT [LEFT_IPV4 [RIGHT_IPV4 [NETNS_OF_RIGHT]]]]] [--seconds N] [--backend io_uring|syscalls]",
+    );
+    let (left, right): (String, String) = (cli.word("left0"), cli.word("right0"));
+    let (left_address, right_address): (Ipv4Addr, Ipv4Addr) = (cli.word("198.18.3.1"), cli.word("198.18.3.2"));
+    let netns: String = cli.word("/run/netns/blue");
+
+    let mut worker = Worker::new(&cli.worker_config())?;
+    let left = worker.attach(open(Builder::new(&left, Mode::Tun), left_address)?)?;
+    let right = worker.attach(open(Builder::new(&right, Mode::Tun).netns_path(netns), right_address)?)?;
+    cli.stop_at_the_end(worker.waker())?;
+    cli::print_ready(&worker, format_args!("{left_address} <-> {right_address}"));
+
+    let mut ways = [(left, right), (right, left)].map(|(from, to)| Way {
+        from,
+        to,
+        batch: Batch::with_capacity(64),
+    });
+    loop {
+        // `wait` tells of packets to receive, not of room to send. So whoever still has packets comes back soon to try again.
+        let waiting = ways.iter().any(|way| !way.batch.is_empty());
+        if worker.wait(waiting.then(|| worker.now() + RETRY))?.stopped {
+            break;
+        }
+        for way in &mut ways {
+            forward(&mut worker, way)?;
+        }
+        // A full batch leaves its packets in the kernel, whose queue drops when it is full in turn. Their port stays ready, so that the
+        // next `wait` would not sleep.
+        if ways.iter().any(|way| way.batch.is_full()) {
+            thread::sleep(RETRY);
+        }
+    }
+    cli::print_counters(&worker);
+    Ok(())
+}
+
+/// Moves what is there, as far as it goes. Fails if a device is gone.
+fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), PortError> {
+    // What is received goes behind what the last round left, so that the order stays. A full batch receives nothing.
+    match worker.try_recv_many(way.from, &mut way.batch) {
+        Err(error) if error.is_permanent() => return Err(error),
+        // Others are told once and are over: a packet was too long, or buffers ran out. The counters have them.
+        Ok(_) | Err(_) => {}
+    }
+    let sent = worker.send_many(way.to, &mut way.batch);
+    match sent.stopped {
+        Some(error) if error.is_permanent() => return Err(error),
+        // A wire to a device that is down does not store packets: they would arrive when nobody expects them any more.
+        Some(error) if error.kind() == PortErrorKind::Down => way.batch.clear(),
+        // Back-pressure: what was not accepted is still in front, for the next round.
+        Some(_) | None => {}
+    }
+    Ok(())
+}
+
+fn open(builder: Builder, address: Ipv4Addr) -> Result<Queue, Box<dyn Error>> {
+    Ok(builder.address(address, 24).up(true).open()?.into_queues().remove(0))
+}
