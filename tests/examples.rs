@@ -337,7 +337,7 @@ fn udp_tunnel_backpressure(backend: Backend) {
     // The queue has more room than the socket's send buffer, so that nothing is lost in it.
     let output = run(Command::new("tc")
         .args(["qdisc", "add", "dev", "near", "root", "tbf"])
-        .args(["rate", "80mbit", "burst", "16kb", "limit", "8mb"]));
+        .args(["rate", "20mbit", "burst", "16kb", "limit", "8mb"]));
     if !output.status.success() {
         skip(format!("tbf is missing: {}", String::from_utf8_lossy(&output.stderr)));
     }
