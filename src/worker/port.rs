@@ -449,3 +449,82 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
     }
     sent
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buf::ArenaConfig;
+    use crate::worker::WakeHandle;
+    use proptest::prelude::*;
+
+    fn port() -> Port {
+        let config = ArenaConfig {
+            headroom: 96,
+            tailroom: 64,
+            small_packet: 1536,
+            small_slots: 16,
+            large_slots: 0,
+        };
+        let arena = Arena::new(config, WakeHandle::new().expect("eventfd")).expect("memory");
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        Port::new(PortId::new(0), socket.into(), &arena, SizeClass::Small)
+    }
+
+    fn judged(results: &[i32]) -> Sent {
+        judge(&mut port(), "write", |_| 100, results)
+    }
+
+    #[test]
+    fn what_may_be_retried_stays_unless_a_later_one_was_accepted() {
+        let again = -libc::EAGAIN;
+        let sent = judged(&[100, 100, again, -libc::ECANCELED, -libc::ECANCELED]);
+        assert_eq!((sent.accepted, sent.refused), (2, 0));
+        assert_eq!(
+            sent.stopped.map(|error| error.kind()),
+            Some(PortErrorKind::Backpressure)
+        );
+        // Sent again, the second one would come behind the third.
+        let sent = judged(&[100, again, 100, again]);
+        assert_eq!((sent.accepted, sent.refused), (2, 1));
+    }
+
+    #[test]
+    fn a_bad_packet_is_passed_over_and_a_device_that_is_gone_keeps_the_rest() {
+        let sent = judged(&[-libc::EINVAL, 100, -libc::EINVAL]);
+        assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 2, None));
+        let sent = judged(&[100, -libc::EBADFD, -libc::EBADFD]);
+        assert_eq!((sent.accepted, sent.refused), (1, 0));
+        assert!(sent.stopped.is_some_and(|error| error.is_permanent()));
+    }
+
+    proptest! {
+        /// Whatever the kernel answers: each packet is accepted, refused, or stays behind all others; the counters agree.
+        #[test]
+        fn every_result_is_accounted_for(
+            results in proptest::collection::vec(
+                prop_oneof![
+                    4 => Just(100),
+                    1 => Just(-libc::EAGAIN),
+                    1 => Just(-libc::EINVAL),
+                    1 => Just(-libc::EIO),
+                    1 => Just(-libc::ECANCELED),
+                    1 => Just(-libc::EBADFD),
+                    1 => Just(50), // a short write, which the driver does not make
+                ],
+                1..64,
+            )
+        ) {
+            let mut port = port();
+            let sent = judge(&mut port, "write", |_| 100, &results);
+            let consumed = sent.accepted + sent.refused;
+            prop_assert!(consumed <= results.len());
+            prop_assert_eq!(sent.accepted, results.iter().filter(|&&result| result == 100).count());
+            prop_assert!(results[consumed..].iter().all(|&result| result < 0));
+            prop_assert_eq!(sent.stopped.is_none() && consumed < results.len(), false);
+            prop_assert_eq!(port.counters.sent_packets, sent.accepted as u64);
+            prop_assert_eq!(port.counters.refused_packets, sent.refused as u64);
+            let by_errno: u64 = port.counters.refused.iter().map(|(_, count)| count).sum();
+            prop_assert_eq!(by_errno, sent.refused as u64);
+        }
+    }
+}
