@@ -1,6 +1,8 @@
 //! Floor 3: a worker moves packets between its ports, on one thread.
 
 mod burst;
+#[cfg(all(test, feature = "lab"))]
+mod canary;
 mod config;
 mod port;
 mod ring;

@@ -1,0 +1,88 @@
+//! Proof that the kernel no longer writes into a worker's memory once the worker was dropped: after each drop with a read in flight and
+//! packets on their way, the whole arena is painted, and the paint must stay.
+#![allow(unsafe_code)]
+
+use std::net::UdpSocket;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::lab::{Namespace, Sandbox};
+use crate::{Backend, Batch, Builder, Mode, Worker, WorkerConfig, leaked_arenas};
+
+const DROPS: usize = 1_000;
+const PAINT: u8 = 0xa5;
+
+#[test]
+fn memory_stays_as_it_is_after_a_drop_with_reads_in_flight() {
+    // A thread of its own, because the namespace is one's for good.
+    thread::spawn(drop_under_traffic).join().expect("the paint stayed");
+}
+
+fn drop_under_traffic() {
+    if let Err(error) = Sandbox::enter() {
+        assert!(std::env::var_os("TUN_DRIVER_REQUIRE_NETNS").is_none(), "{error}");
+        println!("skipped: no network namespace: {error}");
+        return;
+    }
+    // Two queues: one keeps the device and its packets coming while the other comes and goes.
+    let device = Builder::new("canary0", Mode::Tun)
+        .queues(2)
+        .address([10, 9, 0, 1], 24)
+        .up(true)
+        .open()
+        .expect("a device");
+    let control = device.device().expect("made here").clone();
+    let mut queues = device.into_queues();
+    let _keep = queues.pop();
+    let mut next = queues.pop();
+    let netns = Namespace::current().expect("this namespace");
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            netns.run(|| {
+                let socket = UdpSocket::bind("0.0.0.0:0").expect("a socket");
+                while !over.load(Ordering::Relaxed) {
+                    // To many ports, so that both queues get some.
+                    for port in 1..200 {
+                        let _ = socket.send_to(&[0; 200], (std::net::Ipv4Addr::new(10, 9, 0, 2), port));
+                    }
+                }
+            })
+        });
+        let config = WorkerConfig {
+            backend: Some(Backend::IoUring),
+            buffers: 64,
+            receive_reserve: 8,
+            ..WorkerConfig::default()
+        };
+        let mut batch = Batch::with_capacity(16);
+        let mut received = 0;
+        for round in 0..DROPS {
+            let mut worker = Worker::new(&config).expect("a worker");
+            let queue = next.take().expect("a queue");
+            let port = worker.attach(queue).expect("a port");
+            if round % 2 == 0 {
+                received += worker.recv_many(port, &mut batch).expect("packets come");
+                batch.clear();
+            }
+            worker.wait(Some(Instant::now())).expect("a read is armed");
+            let arena = Rc::clone(&worker.cx.arena);
+            drop(worker);
+            next = Some(control.add_queue().expect("a queue again"));
+            let memory = arena.as_iovec();
+            // SAFETY: the worker is gone, this is the only handle to the arena, and no packet of it is alive.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(memory.iov_base.cast::<u8>(), memory.iov_len) };
+            bytes.fill(PAINT);
+            thread::sleep(Duration::from_micros(300));
+            assert!(
+                std::hint::black_box(&*bytes).iter().all(|&byte| byte == PAINT),
+                "written to after drop {round}"
+            );
+        }
+        over.store(true, Ordering::Relaxed);
+        assert!(received > 0);
+    });
+    assert_eq!(leaked_arenas(), 0);
+}
