@@ -206,7 +206,7 @@ fn icmp_echo_is_choosy(backend: Backend) {
     let counters = running.stop();
     // Two pings of three fragments each, the datagrams, and the good ping.
     let [received, sent, refused] = port(&counters, "ping0");
-    assert!(received >= 2 * 3 + 64 + 1, "{counters}");
+    assert!(received > 2 * 3 + 64, "{counters}");
     assert_eq!((sent, refused), (1, 0), "{counters}");
 }
 
@@ -448,7 +448,7 @@ impl Pair {
 
     /// A short TCP transfer through the tunnel. Whether it was done.
     fn transfer(&self) -> bool {
-        if !Command::new("iperf3").arg("-v").output().is_ok() {
+        if Command::new("iperf3").arg("-v").output().is_err() {
             return false;
         }
         let mut server = Process::start(Command::new("iperf3").args(["-s", "-1", "-B", "198.18.4.1", "--forceflush"]));

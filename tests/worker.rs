@@ -16,7 +16,8 @@ use tun_driver::{
 };
 
 fn main() {
-    let each: [(&str, fn(Backend)); 16] = [
+    type Check = (&'static str, fn(Backend));
+    let each: [Check; 16] = [
         ("receives what is there, in order, up to the batch's room", receives),
         ("waits for a deadline, names ready ports, and sleeps between", waits),
         ("loses no wake-up and stops for good", wakes),
