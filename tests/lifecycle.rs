@@ -41,6 +41,13 @@ fn main() {
         let name = format!("io_uring refused with errno {errno}: system calls serve, and it is told");
         trials.push(trial(name, move || refused(errno)));
     }
+    trials.push(
+        trial(
+            "a worker takes the memory that its configuration says",
+            takes_what_it_says,
+        )
+        .alone(),
+    );
     trials.push(trial("a memlock limit shrinks the arena, and it is told", limited));
     common::run(trials)
 }
@@ -226,6 +233,33 @@ fn odd_ends(backend: Backend) {
     thread::spawn(move || assert_eq!(&remote[..], b"far")).join().unwrap();
     drop(driven(backend));
     assert_eq!(leaked_arenas(), 0);
+}
+
+fn takes_what_it_says() {
+    let said = WorkerConfig::default().memory();
+    assert!(said.total() <= 4 << 20, "{said:?}");
+    // The first one pays for what the process needs only once.
+    drop(Worker::new(&WorkerConfig::default()).unwrap());
+    let before = process::memory().unwrap().resident;
+    let workers: Vec<Worker> = (0..8).map(|_| Worker::new(&WorkerConfig::default()).unwrap()).collect();
+    let mut batch = Batch::with_capacity(2_000);
+    for worker in &workers {
+        // Every buffer is touched.
+        while let Some(packet) = worker.packet(1_500) {
+            batch.push(packet).unwrap();
+        }
+        assert!(batch.len() >= 1_000, "{}", batch.len());
+        batch.clear();
+    }
+    let taken = process::memory().unwrap().resident - before;
+    let allowed = (workers.len() * (said.total() + (64 << 10))) as u64;
+    assert!(
+        taken <= allowed,
+        "{taken} bytes for {} workers, {said:?}",
+        workers.len()
+    );
+    // And it is no idle promise: most of it is there.
+    assert!(taken >= allowed / 2, "{taken}");
 }
 
 /// A seccomp filter on this thread answers io_uring_setup with `errno`, as container runtimes do.
