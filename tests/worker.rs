@@ -51,6 +51,14 @@ fn main() {
         }
     }
     trials.push(trial("256 ports, and no more", many_ports));
+    for errno in ["EINTR", "EAGAIN", "EBUSY", "ENOMEM"] {
+        let name = format!("all of it while every fourth entry into the ring fails with {errno}");
+        trials.push(
+            trial(name, move || entries_fail(errno))
+                .alone()
+                .bound(Duration::from_secs(120)),
+        );
+    }
     common::run(trials)
 }
 
@@ -784,4 +792,28 @@ fn many_ports() {
     assert_eq!(worker.next_ready(), Some(last));
     let mut batch = Batch::with_capacity(4);
     assert_eq!(worker.try_recv_many(last, &mut batch), Ok(1));
+}
+
+/// Runs this file's checks of the ring once more, with failures put into its system calls.
+fn entries_fail(errno: &str) {
+    need_tun();
+    common::need_program("strace", "strace");
+    let output = std::process::Command::new("strace")
+        .args(["-f", "-o", "/dev/null", "-e", "trace=io_uring_enter"])
+        .args(["-e", &format!("inject=io_uring_enter:error={errno}:when=3+4")])
+        .arg(std::env::current_exe().unwrap())
+        // The tracer's stops are switches of the idle worker.
+        .args(["IoUring", "--skip", "an idle worker"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    let traced = !String::from_utf8_lossy(&output.stderr).contains("ptrace(PTRACE");
+    if !traced {
+        common::skip("strace may not trace here");
+    }
+    assert!(
+        output.status.success() && told.contains("15 passed"),
+        "{told}{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
