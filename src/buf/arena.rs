@@ -73,7 +73,7 @@ impl ArenaConfig {
     pub(crate) fn tables_len(&self) -> usize {
         // State and free-list entry, and for the return queue a count and a link.
         (self.small_slots + self.large_slots) * (size_of::<SlotState>() + 3 * size_of::<u32>())
-            + MOST_ACCOUNTS * size_of::<Reserve>()
+            + SizeClass::ALL.len() * MOST_ACCOUNTS * size_of::<Reserve>()
     }
 }
 
@@ -148,20 +148,15 @@ impl FreeList {
     }
 }
 
-/// What a port may always have: slots of one class that no other port can take away.
+/// What an account has of one class: slots that no other port can take away, and slots in use.
 #[derive(Clone, Copy)]
 struct Reserve {
-    class: SizeClass,
     promised: u32,
     held: u32,
 }
 
 impl Reserve {
-    const EMPTY: Reserve = Reserve {
-        class: SizeClass::Small,
-        promised: 0,
-        held: 0,
-    };
+    const EMPTY: Reserve = Reserve { promised: 0, held: 0 };
 
     fn unfilled(&self) -> u32 {
         self.promised.saturating_sub(self.held)
@@ -257,7 +252,8 @@ pub(crate) struct Arena {
     small_stride: u32,
     slots: Box<[Cell<SlotState>]>,
     free: [FreeList; 2],
-    reserves: Box<[Cell<Reserve>]>,
+    /// Per class and account. An account may hold slots of a class that it has no promise of: an earlier port of its index did.
+    reserves: [Box<[Cell<Reserve>]>; 2],
     /// Per class: slots promised to ports and not taken up by them.
     unfilled: [Cell<u32>; 2],
     /// Packets thrown away from a batch.
@@ -295,7 +291,7 @@ impl Arena {
                 })
                 .collect(),
             free: [FreeList::of(0..small), FreeList::of(small..total as u32)],
-            reserves: (0..MOST_ACCOUNTS).map(|_| Cell::new(Reserve::EMPTY)).collect(),
+            reserves: SizeClass::ALL.map(|_| (0..MOST_ACCOUNTS).map(|_| Cell::new(Reserve::EMPTY)).collect()),
             unfilled: [Cell::new(0), Cell::new(0)],
             discarded: Cell::new(0),
         })
@@ -364,22 +360,20 @@ impl Arena {
             return None;
         }
         // Buffers that an earlier port of this index still has out stay charged to the account.
-        let reserve = Reserve {
-            class,
-            promised,
-            held: self.reserves[index].get().held,
-        };
-        self.reserves[index].set(reserve);
+        let cell = &self.reserves[class as usize][index];
+        let reserve = Reserve { promised, ..cell.get() };
+        cell.set(reserve);
         unfilled.set(unfilled.get() + reserve.unfilled());
         Some(promised)
     }
 
     /// Ends the promise to a port. What it holds goes home as it is released.
     pub(crate) fn close_account(&self, index: usize) {
-        let reserve = self.reserves[index].get();
-        let unfilled = &self.unfilled[reserve.class as usize];
-        unfilled.set(unfilled.get() - reserve.unfilled());
-        self.reserves[index].set(Reserve { promised: 0, ..reserve });
+        for (reserves, unfilled) in self.reserves.iter().zip(&self.unfilled) {
+            let reserve = reserves[index].get();
+            unfilled.set(unfilled.get() - reserve.unfilled());
+            reserves[index].set(Reserve { promised: 0, ..reserve });
+        }
     }
 
     /// How many slots of `class` the account may take now, at most `most`.
@@ -400,12 +394,10 @@ impl Arena {
         }
     }
 
-    /// The account's promise, if it has one of this class.
+    /// What the account has of this class; `None` for nobody in particular.
     #[inline]
     fn reserve_of(&self, account: Account, class: SizeClass) -> Option<&Cell<Reserve>> {
-        self.reserves
-            .get(account.0 as usize)
-            .filter(|reserve| reserve.get().class == class)
+        self.reserves[class as usize].get(account.0 as usize)
     }
 
     /// Takes a slot for `account`, with one view. `None` when the account has no right to any that is left.
@@ -414,7 +406,7 @@ impl Arena {
         let free = &self.free[class as usize];
         let unfilled = &self.unfilled[class as usize];
         let spare = free.len() > unfilled.get();
-        let owner = match self.reserve_of(account, class) {
+        match self.reserve_of(account, class) {
             Some(cell) => {
                 let reserve = cell.get();
                 match reserve.unfilled() {
@@ -426,14 +418,15 @@ impl Arena {
                     held: reserve.held + 1,
                     ..reserve
                 });
-                account
             }
-            // Slots of a class that the port was promised none of are charged to nobody.
-            None if spare => Account::NONE,
+            None if spare => {}
             None => return None,
-        };
+        }
         let slot = free.pop()?;
-        self.slots[slot as usize].set(SlotState { views: 1, owner });
+        self.slots[slot as usize].set(SlotState {
+            views: 1,
+            owner: account,
+        });
         Some(slot)
     }
 
@@ -467,16 +460,17 @@ impl Arena {
 
     #[inline]
     fn check_in(&self, slot: u32, owner: Account) {
-        if let Some(cell) = self.reserves.get(owner.0 as usize) {
+        let class = self.class_of(slot);
+        if let Some(cell) = self.reserve_of(owner, class) {
             let mut reserve = cell.get();
             reserve.held -= 1;
             cell.set(reserve);
             if reserve.held < reserve.promised {
-                let unfilled = &self.unfilled[reserve.class as usize];
+                let unfilled = &self.unfilled[class as usize];
                 unfilled.set(unfilled.get() + 1);
             }
         }
-        self.free[self.class_of(slot) as usize].push(slot);
+        self.free[class as usize].push(slot);
     }
 
     /// Takes in what other threads gave back.
@@ -563,6 +557,24 @@ mod tests {
             assert!(arena.check_out(Account::port(1), SizeClass::Small).is_some());
         }
         assert_eq!(arena.check_out(Account::port(1), SizeClass::Small), None);
+    }
+
+    #[test]
+    fn slots_of_an_earlier_port_of_another_class_do_not_touch_the_promise() {
+        let arena = arena(16, 8);
+        assert_eq!(arena.open_account(0, SizeClass::Large, 4), Some(4));
+        let large: Vec<_> = (0..6)
+            .filter_map(|_| arena.check_out(Account::port(0), SizeClass::Large))
+            .collect();
+        assert_eq!(large.len(), 6);
+        arena.close_account(0);
+        assert_eq!(arena.open_account(0, SizeClass::Small, 4), Some(4));
+        while arena.check_out(Account::NONE, SizeClass::Small).is_some() {}
+        assert_eq!(arena.available(Account::port(0), SizeClass::Small, 16), 4);
+        large.into_iter().for_each(|slot| arena.release(slot));
+        assert_eq!(arena.available(Account::port(0), SizeClass::Small, 16), 4);
+        assert_eq!(arena.available(Account::NONE, SizeClass::Small, 16), 0);
+        assert_eq!(arena.available(Account::NONE, SizeClass::Large, 16), 8);
     }
 
     #[test]
