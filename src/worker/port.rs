@@ -241,7 +241,9 @@ impl Port {
         }
     }
 
+    /// There is no buffer to receive into. What lies in the kernel is found again once one came back.
     pub(super) fn starved(&mut self) {
+        self.readable = false;
         self.counters.no_buffers += 1;
         self.notice
             .get_or_insert(PortError::new(PortErrorKind::NoBuffers, "receive", libc::ENOBUFS));

@@ -398,14 +398,14 @@ impl RingBackend {
         if port.armed || port.is_gone() {
             return true;
         }
+        if cx.arena.available(port.account, port.class, 1) == 0 {
+            return false;
+        }
         let entry = if port.is_udp() {
             opcode::PollAdd::new(Fixed(index as u32 + 1), libc::POLLIN as u32)
                 .build()
                 .user_data(Tag::of(Tag::SOCKET, port.id.index, 0))
         } else {
-            if cx.arena.available(port.account, port.class, 1) == 0 {
-                return false;
-            }
             let Some(slot) = cx.arena.check_out(port.account, port.class) else {
                 return false;
             };
@@ -537,6 +537,10 @@ impl RingBackend {
         self.arm_doorbell();
         if starved {
             cx.arena.announce_hunger();
+            // What came back until now rang no doorbell.
+            for index in 0..ports.len() {
+                let _ = ports.exists(index) && self.arm(cx, ports, index);
+            }
         }
         self.sleep(cx, ports, deadline);
         match self.broken {

@@ -126,6 +126,24 @@ impl SyscallBackend {
         only: Option<usize>,
         timeout: Option<Duration>,
     ) -> io::Result<bool> {
+        if self.gather(cx, ports, only, 1) {
+            cx.arena.announce_hunger();
+            // What came back until now rang no doorbell.
+            self.gather(cx, ports, only, 0);
+        }
+        let found = fd::poll(&mut self.poll_set, timeout)?;
+        if self.poll_set[0].revents != 0 {
+            cx.doorbell_rang();
+        }
+        for (entry, &index) in self.poll_set[1..].iter().zip(&self.polled) {
+            ports.at(index).readable |= entry.revents != 0;
+        }
+        Ok(found > 0)
+    }
+
+    /// Puts the doorbell and the ports to ask about into the poll set. A port without a free buffer is left out and
+    /// `count` is added to its counter. Returns whether there was one.
+    fn gather(&mut self, cx: &Context, ports: &mut Ports, only: Option<usize>, count: u64) -> bool {
         self.poll_set.clear();
         self.polled.clear();
         self.poll_set.push(libc::pollfd {
@@ -143,7 +161,7 @@ impl SyscallBackend {
                 continue;
             }
             if cx.arena.available(port.account, port.class, 1) == 0 {
-                port.counters.no_buffers += 1;
+                port.counters.no_buffers += count;
                 starved = true;
                 continue;
             }
@@ -154,17 +172,7 @@ impl SyscallBackend {
             });
             self.polled.push(index);
         }
-        if starved {
-            cx.arena.announce_hunger();
-        }
-        let found = fd::poll(&mut self.poll_set, timeout)?;
-        if self.poll_set[0].revents != 0 {
-            cx.doorbell_rang();
-        }
-        for (entry, &index) in self.poll_set[1..].iter().zip(&self.polled) {
-            ports.at(index).readable |= entry.revents != 0;
-        }
-        Ok(found > 0)
+        starved
     }
 }
 
