@@ -424,6 +424,10 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
         }
         let errno = if result < 0 { -result } else { libc::EIO };
         let error = PortError::from_errno(call, errno);
+        if errno == libc::ECANCELED && index >= behind_last_accepted.max(1) {
+            // Not tried, because one before it in the chain failed. That one is done with, or sending has stopped there.
+            return sent;
+        }
         let retriable = matches!(
             errno,
             libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR | libc::ECANCELED
@@ -491,6 +495,17 @@ mod tests {
     }
 
     #[test]
+    fn what_was_not_tried_behind_a_bad_packet_stays_without_a_stop() {
+        let sent = judged(&[100, -libc::EINVAL, -libc::ECANCELED, -libc::ECANCELED]);
+        assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 1, None));
+        let sent = judged(&[-libc::EIO, -libc::ECANCELED]);
+        assert_eq!((sent.accepted, sent.refused), (0, 1));
+        assert_eq!(sent.stopped.map(|error| error.kind()), Some(PortErrorKind::Down));
+        // Nothing before it explains it: no progress, so it must not go on by itself.
+        assert!(judged(&[-libc::ECANCELED]).stopped.is_some());
+    }
+
+    #[test]
     fn a_bad_packet_is_passed_over_and_a_device_that_is_gone_keeps_the_rest() {
         let sent = judged(&[-libc::EINVAL, 100, -libc::EINVAL]);
         assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 2, None));
@@ -522,7 +537,9 @@ mod tests {
             prop_assert!(consumed <= results.len());
             prop_assert_eq!(sent.accepted, results.iter().filter(|&&result| result == 100).count());
             prop_assert!(results[consumed..].iter().all(|&result| result < 0));
-            prop_assert_eq!(sent.stopped.is_none() && consumed < results.len(), false);
+            // Where it just goes on, the front is another one than before: it comes to an end.
+            let not_tried = consumed > 0 && results.get(consumed) == Some(&-libc::ECANCELED);
+            prop_assert!(sent.stopped.is_some() || consumed == results.len() || not_tried);
             prop_assert_eq!(port.counters.sent_packets, sent.accepted as u64);
             prop_assert_eq!(port.counters.refused_packets, sent.refused as u64);
             let by_errno: u64 = port.counters.refused.iter().map(|(_, count)| count).sum();

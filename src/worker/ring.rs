@@ -20,7 +20,7 @@ use io_uring::{IoUring, Probe, opcode};
 use super::Context;
 use super::burst::LONGEST;
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
-use super::port::{Port, Ports, Sent, judge};
+use super::port::{Endpoint, Port, Ports, Sent, judge};
 use super::udp;
 use crate::buf::Batch;
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
@@ -269,6 +269,11 @@ impl RingBackend {
                 &error,
                 detail,
             ));
+        }
+        // Back-pressure is to be expected; without a limit there is none.
+        let port = ports.at(index);
+        if let Endpoint::Queue(queue) = &port.endpoint {
+            port.linked = queue.send_buffer().is_ok_and(|bytes| bytes < i32::MAX);
         }
         Ok(())
     }
