@@ -133,7 +133,8 @@ pub enum PortErrorKind {
     Gone,
     /// The device is administratively down (EIO). Writes work again once it is up.
     Down,
-    /// The other side takes no more just now (EAGAIN, ENOBUFS). Try again after the port is ready, in the same order.
+    /// The other side takes no more just now (EAGAIN, ENOBUFS). Try again a little later, in the same order.
+    /// [`Worker::wait`](crate::Worker::wait) tells of packets to receive, not of room to send: give it a deadline.
     Backpressure,
     /// A packet was longer than the buffer it was read into; it was dropped and counted.
     Truncated,
@@ -187,7 +188,7 @@ impl fmt::Display for PortError {
         let advice = match self.kind {
             PortErrorKind::Gone => "the device or socket is gone; detach the port",
             PortErrorKind::Down => "the device is down; bring it up (ip link set … up) and send again",
-            PortErrorKind::Backpressure => "the receiver is full; wait for the port, then send the rest",
+            PortErrorKind::Backpressure => "the receiver is full; wait a little, then send the rest",
             PortErrorKind::Truncated => {
                 "a packet was longer than the buffers of this worker and was dropped; raise WorkerConfig::max_packet or lower the MTU"
             }
