@@ -31,7 +31,7 @@ use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
-use crate::sys::cpu;
+use super::process;
 
 /// The figure that every sample has: CPU time of the measuring thread per packet.
 pub const CPU_NS: &str = "cpu_ns_per_packet";
@@ -100,14 +100,14 @@ impl Clock {
     pub fn start() -> Self {
         let wall = Instant::now();
         Self {
-            cpu: cpu::thread_time(),
+            cpu: process::thread_cpu_time(),
             wall,
         }
     }
 
     /// What has passed since.
     pub fn elapsed(&self) -> Elapsed {
-        let cpu = cpu::thread_time();
+        let cpu = process::thread_cpu_time();
         Elapsed {
             cpu: cpu.saturating_sub(self.cpu),
             wall: self.wall.elapsed(),

@@ -1,17 +1,7 @@
-//! CPU time and placement of threads: clock_gettime(2), sched_setaffinity(2).
+//! Placement of threads: sched_setaffinity(2), sched_getaffinity(2).
 
 use std::io;
 use std::mem;
-use std::time::Duration;
-
-/// CPU time that the calling thread has used, user and system together (`CLOCK_THREAD_CPUTIME_ID`).
-pub(crate) fn thread_time() -> Duration {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the kernel fills the timespec that the pointer refers to, which lives on this stack.
-    let result = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    debug_assert_eq!(result, 0, "the clock exists since Linux 2.6.12 and the pointer is good");
-    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
-}
 
 /// Keeps the calling thread on one CPU.
 pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
