@@ -409,7 +409,8 @@ pub struct Machine {
     pub cpus: usize,
     /// Release of the running kernel.
     pub kernel: String,
-    /// Mitigations in force that make system calls and branches dearer: `name: measure`, one per vulnerability that the kernel mitigates.
+    /// Mitigations, which make system calls and branches dearer: `name: what the kernel says`, one per vulnerability that this processor has.
+    /// Those told as `Vulnerable` are among them: the kernel may have taken a measure that it thinks incomplete.
     pub mitigations: Vec<String>,
     /// Whether the processor reports a hypervisor above it.
     pub virtual_machine: bool,
@@ -445,7 +446,11 @@ fn mitigations() -> Vec<String> {
         .filter_map(|entry| {
             let entry = entry.ok()?;
             let told = fs::read_to_string(entry.path()).ok()?;
-            let measure = told.trim().strip_prefix("Mitigation: ")?.to_owned();
+            let told = told.trim();
+            let measure = told.strip_prefix("Mitigation: ").unwrap_or(told);
+            if measure == "Not affected" {
+                return None;
+            }
             Some(format!("{}: {measure}", entry.file_name().to_string_lossy()))
         })
         .collect();
