@@ -25,7 +25,7 @@ pub mod lab;
 
 pub use buf::{Batch, Drain, NoRoom, PacketBuf, RemoteBuf, leaked_arenas};
 pub use error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
-pub use stats::{Counters, ErrnoCounts};
+pub use stats::{Counters, ErrnoCounts, PortStats, StatsReader, WorkerCounters, WorkerStats};
 pub use worker::{
     Backend, BackendReport, Detached, Endpoint, MemoryBudget, PortId, Sent, SinglePort, Wait, Wake, Waker, Worker,
     WorkerConfig,

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 
 use memmap2::{MmapMut, MmapRaw};
 
+use crate::stats::Books;
 use crate::worker::WakeHandle;
 
 /// In front of the user's headroom: space for the vnet header, and what alignment needs.
@@ -256,13 +257,13 @@ pub(crate) struct Arena {
     reserves: [Box<[Cell<Reserve>]>; 2],
     /// Per class: slots promised to ports and not taken up by them.
     unfilled: [Cell<u32>; 2],
-    /// Packets thrown away from a batch.
-    discarded: Cell<u64>,
+    /// Where thrown away packets are counted.
+    books: Arc<Books>,
 }
 
 impl Arena {
     /// Maps and zeroes the memory. The mapping is not inherited by children (MADV_DONTFORK).
-    pub(crate) fn new(config: ArenaConfig, waker: WakeHandle) -> io::Result<Self> {
+    pub(crate) fn new(config: ArenaConfig, waker: WakeHandle, books: Arc<Books>) -> io::Result<Self> {
         let map = MmapMut::map_anon(config.mapping_len())?;
         map.advise(memmap2::Advice::DontFork)?;
         let map = MmapRaw::from(map);
@@ -293,7 +294,7 @@ impl Arena {
             free: [FreeList::of(0..small), FreeList::of(small..total as u32)],
             reserves: SizeClass::ALL.map(|_| (0..MOST_ACCOUNTS).map(|_| Cell::new(Reserve::EMPTY)).collect()),
             unfilled: [Cell::new(0), Cell::new(0)],
-            discarded: Cell::new(0),
+            books,
         })
     }
 
@@ -488,11 +489,7 @@ impl Arena {
     }
 
     pub(crate) fn count_discarded(&self, packets: u64) {
-        self.discarded.set(self.discarded.get() + packets);
-    }
-
-    pub(crate) fn discarded(&self) -> u64 {
-        self.discarded.get()
+        self.books.worker.discarded.add(packets);
     }
 
     /// (free, total) slots over both classes.
@@ -530,7 +527,7 @@ mod tests {
             small_slots: small,
             large_slots: large,
         };
-        Arena::new(config, WakeHandle::new().expect("eventfd")).expect("memory")
+        Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory")
     }
 
     #[test]

@@ -129,6 +129,7 @@ impl ByWorker {
                 duration: Duration::MAX,
             } => format!("worker, {backend_name}, busy"),
             Wait::Spin { duration } => format!("worker, {backend_name}, spin {duration:?}"),
+            Wait::Moderate { .. } => format!("worker, {backend_name}, moderate"),
         };
         Self {
             name,

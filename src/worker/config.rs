@@ -44,7 +44,7 @@ impl Default for WorkerConfig {
             headroom: 96,
             tailroom: 64,
             receive_reserve: 64,
-            wait: Wait::Block,
+            wait: Wait::default(),
         }
     }
 }
@@ -114,17 +114,34 @@ pub enum Backend {
 }
 
 /// What a worker does while no packet is there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Wait {
     /// Sleeps in the kernel until something happens.
-    #[default]
     Block,
+    /// Like `Block` while few packets come. While so many come that several are to be expected within `max`, sleeps for that long (less
+    /// at high rates) before it looks again: one wake-up for several packets, at the price of up to `max` more latency. Where that turns
+    /// out to bring nothing, as with a partner that waits for each answer, it refrains. A wake-up or a stop by the
+    /// [`Waker`](crate::Waker) and packets of other ports can be delayed by as much. This is the default, with 50 µs.
+    ///
+    /// On the system-call backend the thread's timer slack (prctl(2), PR_SET_TIMERSLACK) is at its least while such a worker lives.
+    Moderate {
+        /// The longest pause.
+        max: Duration,
+    },
     /// Watches for `duration` without sleeping, then sleeps. [`Duration::MAX`] never sleeps. Saves the wake-up's latency for a core's time.
     Spin {
         /// How long to watch.
         duration: Duration,
     },
+}
+
+impl Default for Wait {
+    fn default() -> Self {
+        Wait::Moderate {
+            max: Duration::from_micros(50),
+        }
+    }
 }
 
 /// What runs, and why.

@@ -4,6 +4,7 @@ mod burst;
 #[cfg(all(test, feature = "lab"))]
 mod canary;
 mod config;
+mod moderation;
 mod port;
 mod ring;
 mod single;
@@ -16,6 +17,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Instant;
 
 pub use config::{Backend, BackendReport, MemoryBudget, Wait, WorkerConfig};
@@ -28,9 +30,10 @@ use crate::Mode;
 use crate::buf::{Account, Arena, ArenaConfig, Batch, LARGE_PACKET, PacketBuf, RemoteBuf, SizeClass, leak_memory};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 use crate::queue::Queue;
-use crate::stats::Counters;
+use crate::stats::{Books, Counters, StatsReader, WorkerStats};
 use crate::sys::socket::Datagrams;
 use config::{DATAGRAMS, MOST_PORTS};
+use moderation::Moderation;
 use port::{Port, Ports};
 use ring::RingBackend;
 use syscalls::SyscallBackend;
@@ -89,7 +92,9 @@ struct Context {
     arena: Rc<Arena>,
     waker: WakeHandle,
     wait: Wait,
+    moderation: Moderation,
     datagrams: Datagrams,
+    books: Arc<Books>,
     now: Instant,
 }
 
@@ -100,6 +105,7 @@ impl Context {
     }
 
     fn doorbell_rang(&self) {
+        self.books.worker.wake_ups.add(1);
         self.waker.silence();
         self.arena.collect_returned();
     }
@@ -137,16 +143,17 @@ impl Worker {
                 "no descriptor for the doorbell",
             )
         })?;
+        let books = Arc::new(Books::default());
         let (backend, arena, report) = match config.backend {
-            Some(Backend::IoUring) => open_ring(config, &waker)?,
-            Some(Backend::Syscalls) => open_syscalls(config, &waker, "forced".to_owned())?,
+            Some(Backend::IoUring) => open_ring(config, &waker, &books)?,
+            Some(Backend::Syscalls) => open_syscalls(config, &waker, &books, "forced".to_owned())?,
             None => {
                 match ring::lacks()
                     .map_err(|why| OpenError::refused(OpenErrorKind::IoUring, "uname", why))
-                    .and_then(|()| open_ring(config, &waker))
+                    .and_then(|()| open_ring(config, &waker, &books))
                 {
                     Ok(opened) => opened,
-                    Err(error) => open_syscalls(config, &waker, format!("io_uring is not usable: {error}"))?,
+                    Err(error) => open_syscalls(config, &waker, &books, format!("io_uring is not usable: {error}"))?,
                 }
             }
         };
@@ -154,7 +161,9 @@ impl Worker {
             arena: Rc::new(arena),
             waker,
             wait: config.wait,
+            moderation: Moderation::new(config.wait),
             datagrams: Datagrams::new(DATAGRAMS),
+            books,
             now: Instant::now(),
         };
         let reserve = u32::try_from(config.receive_reserve).unwrap_or(u32::MAX);
@@ -195,12 +204,14 @@ impl Worker {
             return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", detail));
         }
         let id = PortId::new(index);
-        self.ports.insert(Port::new(id, endpoint, &self.cx.arena, class));
+        let tally = self.cx.books.open(id, name_of(&endpoint));
+        self.ports.insert(Port::new(id, endpoint, &self.cx.arena, class, tally));
         if let Imp::Ring(ring) = &mut self.backend
             && let Err(error) = ring.attach(&mut self.cx, &mut self.ports, index)
         {
             self.ports.remove(index);
             self.cx.arena.close_account(index);
+            self.cx.books.close(id);
             return Err(error);
         }
         Ok(id)
@@ -222,17 +233,20 @@ impl Worker {
                 libc::ETIME,
             ));
         }
-        let Some(port) = self.ports.remove(index) else {
+        let Some(removed) = self.ports.remove(index) else {
             unreachable!("checked above")
         };
         self.cx.arena.close_account(index);
-        Ok(port.into_detached(&self.cx.arena))
+        let detached = removed.into_detached(&self.cx.arena);
+        self.cx.books.close(port);
+        Ok(detached)
     }
 
     /// Waits until a port is ready, the deadline passes, or the waker is used; then tells which.
     ///
     /// `None` waits without end, a deadline in the past does not wait. A port that was ready and not emptied since is still ready. A port
-    /// whose buffers are all held elsewhere is not ready until one comes back. Signals do not end the wait.
+    /// whose buffers are all held elsewhere is not ready until one comes back. A port that was busy may be told ready and turn out to be
+    /// empty. Signals do not end the wait.
     ///
     /// # Errors
     /// Only if the kernel refuses to wait at all; the worker is then of no further use.
@@ -289,10 +303,14 @@ impl Worker {
         if batch.is_full() {
             return Ok(0);
         }
-        match &mut self.backend {
+        let result = match &mut self.backend {
             Imp::Ring(ring) => ring.receive(&mut self.cx, &mut self.ports, index, batch, block),
             Imp::Syscalls(calls) => calls.receive(&mut self.cx, &mut self.ports, index, batch, block),
+        };
+        if let Ok(packets) = result {
+            self.cx.moderation.received(packets);
         }
+        result
     }
 
     /// Sends the packets of the batch, in order, without waiting.
@@ -332,11 +350,11 @@ impl Worker {
         let Some(packet) = packet else { return Ok(0) };
         let Some(target) = buf.get_mut(..packet.len()) else {
             let index = self.ports.check(port)?;
-            let counters = &mut self.ports.at(index).counters;
+            let tally = &self.ports.at(index).tally;
             // It was counted as handed over, which it is not.
-            counters.received_packets -= 1;
-            counters.received_bytes -= packet.len() as u64;
-            counters.truncated += 1;
+            tally.received_packets.take_back(1);
+            tally.received_bytes.take_back(packet.len() as u64);
+            tally.truncated.add(1);
             return Err(PortError::new(PortErrorKind::Truncated, "recv", libc::EMSGSIZE));
         };
         target.copy_from_slice(&packet);
@@ -351,9 +369,7 @@ impl Worker {
     pub fn send(&mut self, port: PortId, packet: &[u8]) -> Result<(), PortError> {
         let index = self.ports.check(port)?;
         if packet.len() > self.longest_packet() {
-            let counters = &mut self.ports.at(index).counters;
-            counters.refused_packets += 1;
-            counters.refused.add(libc::EMSGSIZE);
+            self.ports.at(index).tally.refuse(libc::EMSGSIZE);
             return Err(PortError::new(PortErrorKind::BadPacket, "send", libc::EMSGSIZE));
         }
         let Some(packet) = self.packet_from(packet) else {
@@ -437,8 +453,18 @@ impl Worker {
     }
 
     /// A port's counters; `None` if it was detached.
-    pub fn counters(&self, port: PortId) -> Option<&Counters> {
-        self.ports.find(port).map(|port| &port.counters)
+    pub fn counters(&self, port: PortId) -> Option<Counters> {
+        self.ports.find(port).map(|port| port.tally.read())
+    }
+
+    /// All that is counted on this worker and its ports.
+    pub fn stats(&self) -> WorkerStats {
+        self.stats_reader().read()
+    }
+
+    /// A handle by which other threads read what [`stats`](Self::stats) tells, without this worker's help.
+    pub fn stats_reader(&self) -> StatsReader {
+        self.cx.books.reader()
     }
 
     /// The queue of a port, to enable or disable it, or to ask its name; `None` for a socket or a detached port.
@@ -471,7 +497,7 @@ impl Worker {
 
     /// Packets of this worker that were thrown away from batches ([`Batch::clear`], [`Batch::retain_mut`], dropping a batch).
     pub fn discarded(&self) -> u64 {
-        self.cx.arena.discarded()
+        self.cx.books.worker.discarded.get()
     }
 
     /// The smallest class of buffers that holds every packet of the endpoint.
@@ -521,17 +547,28 @@ impl fmt::Debug for Worker {
     }
 }
 
+/// What an endpoint is called in the books.
+fn name_of(endpoint: &Endpoint) -> String {
+    match endpoint {
+        Endpoint::Queue(queue) => queue.name().to_owned(),
+        Endpoint::Udp(socket) => match socket.local_addr() {
+            Ok(address) => format!("udp {address}"),
+            Err(_) => "udp".to_owned(),
+        },
+    }
+}
+
 type Opened = (Imp, Arena, BackendReport);
 
 /// Few enough that an arena of them is of little use; below it is better not to register at all.
 const FEWEST_REGISTERED: usize = 64;
 
-fn open_ring(config: &WorkerConfig, waker: &WakeHandle) -> Result<Opened, OpenError> {
+fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> Result<Opened, OpenError> {
     let mut ring = RingBackend::new(waker.as_fd())?;
     let wanted = config.arena();
     let mut granted = wanted;
     let arena = loop {
-        let arena = new_arena(granted, waker)?;
+        let arena = new_arena(granted, waker, books)?;
         // SAFETY: a worker keeps the arena until its ring is closed, and leaks it if that could not be drained.
         #[allow(unsafe_code)]
         match unsafe { ring.register_buffers(arena.as_iovec()) } {
@@ -545,7 +582,7 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle) -> Result<Opened, OpenEr
             }
             Err(_) => {
                 granted = wanted;
-                break new_arena(granted, waker)?;
+                break new_arena(granted, waker, books)?;
             }
         }
     };
@@ -567,8 +604,13 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle) -> Result<Opened, OpenEr
     Ok((Imp::Ring(Box::new(ring)), arena, report))
 }
 
-fn open_syscalls(config: &WorkerConfig, waker: &WakeHandle, why: String) -> Result<Opened, OpenError> {
-    let arena = new_arena(config.arena(), waker)?;
+fn open_syscalls(
+    config: &WorkerConfig,
+    waker: &WakeHandle,
+    books: &Arc<Books>,
+    why: String,
+) -> Result<Opened, OpenError> {
+    let arena = new_arena(config.arena(), waker, books)?;
     let report = BackendReport {
         backend: Backend::Syscalls,
         why,
@@ -576,11 +618,11 @@ fn open_syscalls(config: &WorkerConfig, waker: &WakeHandle, why: String) -> Resu
         registered_ring: false,
         buffers: config.buffers,
     };
-    Ok((Imp::Syscalls(SyscallBackend::default()), arena, report))
+    Ok((Imp::Syscalls(SyscallBackend::new(config.wait)), arena, report))
 }
 
-fn new_arena(config: ArenaConfig, waker: &WakeHandle) -> Result<Arena, OpenError> {
-    Arena::new(config, waker.clone()).map_err(|error| {
+fn new_arena(config: ArenaConfig, waker: &WakeHandle, books: &Arc<Books>) -> Result<Arena, OpenError> {
+    Arena::new(config, waker.clone(), Arc::clone(books)).map_err(|error| {
         let detail = format!(
             "no {} bytes for packet buffers; lower WorkerConfig::buffers",
             config.mapping_len()

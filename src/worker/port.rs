@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::burst::{Burst, LONGEST};
 use crate::buf::{Account, Arena, Batch, PacketBuf, SizeClass};
 use crate::error::{PortError, PortErrorKind};
 use crate::queue::Queue;
-use crate::stats::Counters;
+use crate::stats::{Counters, PortTally};
 
 /// Names a port of one worker. A name is never used twice in a process, so that a stale one is told from a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -20,7 +21,7 @@ pub struct PortId {
 }
 
 impl PortId {
-    pub(super) fn new(index: usize) -> Self {
+    pub(crate) fn new(index: usize) -> Self {
         static SERIAL: AtomicU32 = AtomicU32::new(0);
         Self {
             index: index as u16,
@@ -135,12 +136,14 @@ pub(super) struct Port {
     pub(super) more: bool,
     /// Readiness that was found by polling and not used yet.
     pub(super) readable: bool,
+    /// Something was received since the worker last slept or paused.
+    pub(super) recent: bool,
     /// To be told by `next_ready`.
     pub(super) announced: bool,
     /// Writes depend on each other, so that back-pressure cannot make one overtake another.
     pub(super) linked: bool,
     pub(super) down: bool,
-    pub(super) counters: Counters,
+    pub(super) tally: Arc<PortTally>,
     inbox: VecDeque<Received>,
     /// A permanent end, and whether it was told.
     gone: Option<PortError>,
@@ -150,7 +153,7 @@ pub(super) struct Port {
 }
 
 impl Port {
-    pub(super) fn new(id: PortId, endpoint: Endpoint, arena: &Arena, class: SizeClass) -> Self {
+    pub(super) fn new(id: PortId, endpoint: Endpoint, arena: &Arena, class: SizeClass, tally: Arc<PortTally>) -> Self {
         Self {
             id,
             fd: endpoint.raw_fd(),
@@ -162,10 +165,11 @@ impl Port {
             burst: Burst::default(),
             more: false,
             readable: false,
+            recent: false,
             announced: false,
             linked: false,
             down: false,
-            counters: Counters::default(),
+            tally,
             // A burst, and the read that was armed before it.
             inbox: VecDeque::with_capacity(LONGEST as usize + 1),
             gone: None,
@@ -206,13 +210,12 @@ impl Port {
         false
     }
 
-    /// Puts the result of a read straight into the batch, if it is a packet that may go there. `false`: nothing was done.
+    /// Puts the result of a read straight into the batch, if it is a packet that may go there; the caller counts it. `false`: nothing was
+    /// done.
     #[inline]
     pub(super) fn deliver(&mut self, arena: &Rc<Arena>, slot: u32, result: i32, batch: &mut Batch) -> bool {
         let fits = result > 0 && (result as u32) < self.read_len && self.inbox.is_empty() && !batch.is_full();
         if fits {
-            self.counters.received_packets += 1;
-            self.counters.received_bytes += result as u64;
             // Cannot fail: the batch has room.
             let _ = batch.push(PacketBuf::whole_slot(arena, slot, result as u32));
         }
@@ -221,14 +224,14 @@ impl Port {
 
     /// A packet filled its buffer: more of it may be lost.
     pub(super) fn truncated(&mut self) {
-        self.counters.truncated += 1;
+        self.tally.truncated.add(1);
         self.notice = Some(PortError::new(PortErrorKind::Truncated, "read", libc::EMSGSIZE));
     }
 
     /// A receive failed.
     pub(super) fn failed(&mut self, call: &'static str, errno: i32) {
         match errno {
-            libc::EAGAIN => self.counters.empty_asks += 1,
+            libc::EAGAIN => self.tally.empty_asks.add(1),
             libc::EINTR | libc::ECANCELED => {}
             _ => {
                 let error = PortError::from_errno(call, errno);
@@ -244,7 +247,7 @@ impl Port {
     /// There is no buffer to receive into. What lies in the kernel is found again once one came back.
     pub(super) fn starved(&mut self) {
         self.readable = false;
-        self.counters.no_buffers += 1;
+        self.tally.no_buffers.add(1);
         self.notice
             .get_or_insert(PortError::new(PortErrorKind::NoBuffers, "receive", libc::ENOBUFS));
     }
@@ -252,21 +255,26 @@ impl Port {
     /// Moves what lies in the inbox into the batch, as far as it goes.
     #[inline]
     pub(super) fn hand_over(&mut self, arena: &Rc<Arena>, batch: &mut Batch) {
+        let (mut packets, mut bytes) = (0, 0);
         while !batch.is_full() {
             let Some(Received { slot, len }) = self.inbox.pop_front() else {
                 break;
             };
-            self.counters.received_packets += 1;
-            self.counters.received_bytes += u64::from(len);
+            packets += 1;
+            bytes += u64::from(len);
             // Cannot fail: the batch has room.
             let _ = batch.push(PacketBuf::whole_slot(arena, slot, len));
+        }
+        if packets > 0 {
+            self.tally.received(packets, bytes);
         }
     }
 
     /// Ends a receive that put `got` packets into the batch: packets first, errors when there are none.
     pub(super) fn conclude(&mut self, got: usize) -> Result<usize, PortError> {
         if got > 0 {
-            self.counters.batches += 1;
+            self.tally.batches.add(1);
+            self.recent = true;
             return Ok(got);
         }
         if let Some(notice) = self.notice.take() {
@@ -300,7 +308,7 @@ impl Port {
         Detached {
             endpoint: self.endpoint,
             undelivered,
-            counters: self.counters,
+            counters: self.tally.read(),
         }
     }
 }
@@ -378,6 +386,14 @@ impl Ports {
         self.iter().any(Port::is_ready)
     }
 
+    /// The worker paused instead of waiting for those that were busy before: they are to be looked at again.
+    pub(super) fn paused(&mut self, arena: &Arena) {
+        for port in self.iter_mut() {
+            let busy = std::mem::take(&mut port.recent) && !port.armed;
+            port.more |= busy && arena.available(port.account, port.class, 1) > 0;
+        }
+    }
+
     /// Notes which ports are ready, for `next_ready` to tell one by one. Returns how many.
     pub(super) fn announce(&mut self) -> usize {
         let mut ready = 0;
@@ -417,8 +433,8 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
     for (index, &result) in results.iter().enumerate() {
         if result >= 0 && result as usize == lengths(index) {
             sent.accepted += 1;
-            port.counters.sent_packets += 1;
-            port.counters.sent_bytes += result as u64;
+            port.tally.sent_packets.add(1);
+            port.tally.sent_bytes.add(result as u64);
             port.down = false;
             continue;
         }
@@ -433,7 +449,7 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
             libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM | libc::EINTR | libc::ECANCELED
         );
         if retriable && sent.stopped.is_none() {
-            port.counters.backpressure += 1;
+            port.tally.backpressure.add(1);
             port.linked = true;
             sent.stopped = Some(error);
         }
@@ -446,8 +462,7 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
         }
         sent.refused += 1;
         sent.refusal.get_or_insert(error);
-        port.counters.refused_packets += 1;
-        port.counters.refused.add(errno);
+        port.tally.refuse(errno);
         if error.kind() == PortErrorKind::Down {
             port.down = true;
             sent.stopped = Some(error);
@@ -471,9 +486,9 @@ mod tests {
             small_slots: 16,
             large_slots: 0,
         };
-        let arena = Arena::new(config, WakeHandle::new().expect("eventfd")).expect("memory");
+        let arena = Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory");
         let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
-        Port::new(PortId::new(0), socket.into(), &arena, SizeClass::Small)
+        Port::new(PortId::new(0), socket.into(), &arena, SizeClass::Small, Arc::default())
     }
 
     fn judged(results: &[i32]) -> Sent {
@@ -540,9 +555,9 @@ mod tests {
             // Where it just goes on, the front is another one than before: it comes to an end.
             let not_tried = consumed > 0 && results.get(consumed) == Some(&-libc::ECANCELED);
             prop_assert!(sent.stopped.is_some() || consumed == results.len() || not_tried);
-            prop_assert_eq!(port.counters.sent_packets, sent.accepted as u64);
-            prop_assert_eq!(port.counters.refused_packets, sent.refused as u64);
-            let by_errno: u64 = port.counters.refused.iter().map(|(_, count)| count).sum();
+            prop_assert_eq!(port.tally.sent_packets.get(), sent.accepted as u64);
+            prop_assert_eq!(port.tally.refused_packets.get(), sent.refused as u64);
+            let by_errno: u64 = port.tally.read().refused.iter().map(|(_, count)| count).sum();
             prop_assert_eq!(by_errno, sent.refused as u64);
         }
     }

@@ -309,6 +309,7 @@ impl RingBackend {
     ) -> Result<usize, PortError> {
         let before = batch.len();
         ports.at(index).more = false;
+        let mut paused = false;
         loop {
             let port = ports.at(index);
             port.hand_over(&cx.arena, batch);
@@ -330,7 +331,7 @@ impl RingBackend {
                 }
             } else if port.is_udp() {
                 udp::receive(cx, port, batch);
-            } else if !port.has_news() && self.ask(cx, ports, index, batch, got > 0, block) {
+            } else if !port.has_news() && self.ask(cx, ports, index, batch, got > 0, block && !paused) {
                 continue;
             }
             let port = ports.at(index);
@@ -342,6 +343,13 @@ impl RingBackend {
             if cx.interrupted() {
                 return Ok(0);
             }
+            if let Some(pause) = cx.moderation.pause() {
+                self.pause(cx, ports, pause, None);
+                ports.at(index).more = false;
+                paused = true;
+                continue;
+            }
+            paused = false;
             if !self.arm(cx, ports, index) {
                 ports.at(index).starved();
                 continue;
@@ -390,7 +398,7 @@ impl RingBackend {
             }
             return false;
         }
-        port.counters.system_calls += 1;
+        port.tally.system_calls.add(1);
         self.enter(0, false, None);
         let got = self.reap_burst(cx, ports, index, batch);
         ports.at(index).burst.answered(asked, got);
@@ -471,7 +479,7 @@ impl RingBackend {
             let file = Fixed(index as u32 + 1);
             for (place, packet) in batch[..count].iter_mut().enumerate() {
                 let registered = self.registered_buffers && packet.is_home(&cx.arena);
-                port.counters.foreign_sent += u64::from(!packet.is_home(&cx.arena));
+                port.tally.foreign_sent.add(u64::from(!packet.is_home(&cx.arena)));
                 let (at, len) = (
                     NonNull::from(&mut packet[..]).cast::<u8>().as_ptr().cast_const(),
                     packet.len() as u32,
@@ -500,7 +508,7 @@ impl RingBackend {
                         .user_data(Tag::of(Tag::WRITE, port.id.index, place as u32)),
                 );
             }
-            port.counters.system_calls += 1;
+            port.tally.system_calls.add(1);
             self.enter(0, port.linked, None);
             self.reap(cx, ports);
             while self.books.sending > 0 && self.broken.is_none() {
@@ -532,10 +540,14 @@ impl RingBackend {
         if ports.any_ready() || cx.interrupted() {
             return Ok(());
         }
+        if let Some(pause) = cx.moderation.pause() {
+            self.pause(cx, ports, pause, deadline);
+            return self.health();
+        }
         let mut starved = false;
         for index in 0..ports.len() {
             if ports.exists(index) && !self.arm(cx, ports, index) {
-                ports.at(index).counters.no_buffers += 1;
+                ports.at(index).tally.no_buffers.add(1);
                 starved = true;
             }
         }
@@ -548,14 +560,39 @@ impl RingBackend {
             }
         }
         self.sleep(cx, ports, deadline);
+        self.health()
+    }
+
+    fn health(&self) -> io::Result<()> {
         match self.broken {
             Some(errno) => Err(io::Error::from_raw_os_error(errno)),
             None => Ok(()),
         }
     }
 
+    /// Sleeps for a set time, so that packets gather on the ports that were busy; these are looked at again then. Only the time ends it.
+    fn pause(&mut self, cx: &mut Context, ports: &mut Ports, pause: Duration, deadline: Option<Instant>) {
+        for index in 0..ports.len() {
+            if ports.exists(index) && !ports.at(index).recent {
+                let _ = self.arm(cx, ports, index);
+            }
+        }
+        let pause = deadline.map_or(pause, |deadline| {
+            pause.min(deadline.saturating_duration_since(Instant::now()))
+        });
+        if !pause.is_zero() {
+            cx.books.worker.lingers.add(1);
+            // One more than can complete.
+            let all = self.books.outstanding as u32;
+            self.enter(all + 1, true, Some(pause));
+        }
+        self.reap(cx, ports);
+        ports.paused(&cx.arena);
+    }
+
     /// Submits what was pushed and sleeps, or watches, until something completes or the deadline is over.
     fn sleep(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) {
+        ports.iter_mut().for_each(|port| port.recent = false);
         if let Wait::Spin { duration } = cx.wait {
             self.enter(0, false, None);
             if self.watch(cx, duration, deadline) {
@@ -573,7 +610,10 @@ impl RingBackend {
         };
         match timeout {
             Some(Duration::ZERO) => self.enter(0, true, None),
-            timeout => self.enter(1, true, timeout),
+            timeout => {
+                cx.books.worker.sleeps.add(1);
+                self.enter(1, true, timeout);
+            }
         }
         self.reap(cx, ports);
     }
@@ -671,6 +711,7 @@ impl RingBackend {
     /// Takes all completions; packets of a burst on port `index`, whose inbox is empty, go straight into the batch. Returns how many these were.
     fn reap_burst(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> u32 {
         let mut got = 0;
+        let (mut packets, mut bytes) = (0, 0);
         let mut completions = self.ring.completion();
         completions.sync();
         for completion in &mut completions {
@@ -678,12 +719,16 @@ impl RingBackend {
             let burst = tag.0 >> 32 == Tag::of(Tag::BURST, index as u16, 0) >> 32;
             if burst && ports.at(index).deliver(&cx.arena, tag.value(), result, batch) {
                 self.books.outstanding -= 1;
-                got += 1;
+                packets += 1;
+                bytes += result as u64;
             } else {
                 got += u32::from(self.books.file(cx, ports, &completion) && burst);
             }
         }
-        got
+        if packets > 0 {
+            ports.at(index).tally.received(packets, bytes);
+        }
+        got + packets as u32
     }
 
     /// Cancels all, waits for the kernel to let go, unregisters. `false` if it did not let go within the bound: the memory must stay.

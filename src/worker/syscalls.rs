@@ -11,17 +11,27 @@ use super::port::{Ports, Sent, judge};
 use super::udp;
 use crate::buf::Batch;
 use crate::error::PortError;
+use crate::sys::cpu::TimerSlack;
 use crate::sys::fd;
 
-#[derive(Default)]
 pub(super) struct SyscallBackend {
     /// For poll(2): the doorbell first, then the ports asked about.
     poll_set: Vec<libc::pollfd>,
     /// The port of each entry behind the doorbell.
     polled: Vec<usize>,
+    /// A pause ends when it should, not up to 50 µs later.
+    _slack: Option<TimerSlack>,
 }
 
 impl SyscallBackend {
+    pub(super) fn new(wait: Wait) -> Self {
+        Self {
+            poll_set: Vec::new(),
+            polled: Vec::new(),
+            _slack: matches!(wait, Wait::Moderate { .. }).then(TimerSlack::least),
+        }
+    }
+
     /// Receives: waits for the first packet if `block`, then takes what is there, up to the batch's room.
     pub(super) fn receive(
         &mut self,
@@ -48,6 +58,10 @@ impl SyscallBackend {
             if cx.interrupted() {
                 return Ok(0);
             }
+            if let Some(pause) = cx.moderation.pause() {
+                pause_for(cx, ports, pause);
+                continue;
+            }
             self.sleep(cx, ports, Some(index), None)
                 .map_err(|error| PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO)))?;
         }
@@ -66,8 +80,8 @@ impl SyscallBackend {
                 break;
             }
             let packet = &batch[total.accepted + total.refused];
-            port.counters.system_calls += 1;
-            port.counters.foreign_sent += u64::from(!packet.is_home(&cx.arena));
+            port.tally.system_calls.add(1);
+            port.tally.foreign_sent.add(u64::from(!packet.is_home(&cx.arena)));
             let result = match fd::write(port.fd, packet) {
                 Ok(len) => len as i32,
                 Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
@@ -89,6 +103,16 @@ impl SyscallBackend {
             // Others may have become ready meanwhile, and the doorbell wants to be heard.
             return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
         }
+        if let Some(pause) = cx.moderation.pause() {
+            let now = Instant::now();
+            pause_for(
+                cx,
+                ports,
+                deadline.map_or(pause, |deadline| pause.min(deadline.saturating_duration_since(now))),
+            );
+            // The ports that were not busy, and the doorbell.
+            return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
+        }
         self.sleep(cx, ports, None, deadline)
     }
 
@@ -99,6 +123,7 @@ impl SyscallBackend {
         only: Option<usize>,
         deadline: Option<Instant>,
     ) -> io::Result<()> {
+        ports.iter_mut().for_each(|port| port.recent = false);
         if let Wait::Spin { duration } = cx.wait {
             let end = Instant::now().checked_add(duration);
             loop {
@@ -115,6 +140,9 @@ impl SyscallBackend {
             }
         }
         let timeout = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if timeout != Some(Duration::ZERO) {
+            cx.books.worker.sleeps.add(1);
+        }
         self.look(cx, ports, only, timeout).map(drop)
     }
 
@@ -161,7 +189,7 @@ impl SyscallBackend {
                 continue;
             }
             if cx.arena.available(port.account, port.class, 1) == 0 {
-                port.counters.no_buffers += count;
+                port.tally.no_buffers.add(count);
                 starved = true;
                 continue;
             }
@@ -176,6 +204,15 @@ impl SyscallBackend {
     }
 }
 
+/// Sleeps for a set time, so that packets gather on the ports that were busy; these are looked at again then.
+fn pause_for(cx: &Context, ports: &mut Ports, pause: Duration) {
+    if !pause.is_zero() {
+        cx.books.worker.lingers.add(1);
+        std::thread::sleep(pause);
+    }
+    ports.paused(&cx.arena);
+}
+
 /// read(2) until the queue is empty or the batch full.
 fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) {
     let port = ports.at(index);
@@ -187,7 +224,7 @@ fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &m
             return port.starved();
         };
         let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32);
-        port.counters.system_calls += 1;
+        port.tally.system_calls.add(1);
         // SAFETY: the slot was just checked out, so nobody else has these bytes; `read_len` of them are there.
         let result = match unsafe { fd::read_raw(port.fd, at, port.read_len as usize) } {
             Ok(len) => len as i32,

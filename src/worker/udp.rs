@@ -34,10 +34,11 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
             cx.datagrams.set(index, at, port.read_len as usize - 1, None);
             cx.datagrams.want_peer(index);
         }
-        port.counters.system_calls += 1;
+        port.tally.system_calls.add(1);
         // SAFETY: each entry points into a slot that was just checked out and is in nobody else's hands.
         let result = unsafe { cx.datagrams.receive(port.fd, ready) };
         let arrived = *result.as_ref().unwrap_or(&0);
+        let (mut packets, mut bytes) = (0, 0);
         for (index, &slot) in slots[..ready].iter().enumerate() {
             if index >= arrived {
                 cx.arena.release(slot);
@@ -51,10 +52,11 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
             }
             let mut packet = PacketBuf::whole_slot(&cx.arena, slot, datagram.len as u32);
             packet.set_peer(datagram.peer);
-            port.counters.received_packets += 1;
-            port.counters.received_bytes += datagram.len as u64;
+            bytes += datagram.len as u64;
+            packets += 1;
             let _ = batch.push(packet);
         }
+        port.tally.received(packets, bytes);
         match result.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)) {
             Ok(arrived) if arrived < ready => {
                 port.readable = false;
@@ -87,7 +89,7 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut Batch) -> Sent
         let mut results = [0i32; LONGEST as usize];
         let (mut done, mut retries) = (0, 0);
         while done < count {
-            port.counters.system_calls += 1;
+            port.tally.system_calls.add(1);
             // SAFETY: each entry points into a packet of the batch, which is not touched until the call returns.
             match unsafe { cx.datagrams.send(port.fd, done, count) } {
                 Ok(sent) => {
