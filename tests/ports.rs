@@ -952,9 +952,12 @@ impl Slow {
                 let far = netlink.index_of("far").unwrap();
                 netlink.add_address(far, HERE.parse().unwrap(), 24).unwrap();
                 netlink.set_up(far, true).unwrap();
+                // Until then it drops what comes.
+                netlink.wait_running(far, Duration::from_secs(10)).unwrap();
                 catcher()
             })
             .unwrap();
+        netlink.wait_running(near, Duration::from_secs(10)).unwrap();
         for arguments in [
             "qdisc add dev near root tbf rate 20mbit burst 4kb limit 10mb",
             "qdisc add dev t0 clsact",
