@@ -27,8 +27,8 @@ pub use buf::{Batch, Drain, NoRoom, PacketBuf, RemoteBuf, leaked_arenas};
 pub use error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 pub use stats::{Counters, ErrnoCounts, PortStats, StatsReader, WorkerCounters, WorkerStats};
 pub use worker::{
-    Backend, BackendReport, Detached, Endpoint, MemoryBudget, PortId, Sent, SinglePort, Wait, Wake, Waker, Worker,
-    WorkerConfig,
+    Backend, BackendReport, Detached, Endpoint, Handoff, HandoffCounters, HandoffEnd, MemoryBudget, PortId, Sent,
+    SinglePort, Wait, Wake, Waker, Worker, WorkerConfig,
 };
 
 pub use builder::Builder;

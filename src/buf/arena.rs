@@ -189,6 +189,11 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 impl Shared {
+    /// Where a packet begins in its slot.
+    pub(crate) fn data_offset(&self) -> u32 {
+        self.config.data_offset() as u32
+    }
+
     /// The address of `offset` in `slot`.
     #[inline]
     pub(crate) fn address(&self, slot: u32, offset: u32) -> NonNull<u8> {

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 
-use super::arena::{Arena, HIDDEN_RESERVE};
+use super::arena::{Account, Arena, HIDDEN_RESERVE, SizeClass};
 use super::remote::RemoteBuf;
 
 /// One packet: a range of a slot of its worker's arena.
@@ -86,6 +86,19 @@ impl PacketBuf {
             len,
             peer,
         }
+    }
+
+    /// A copy in a small slot that is charged to `account`. `None` if it has no right to one, or the bytes are too long.
+    pub(crate) fn copied(arena: &Rc<Arena>, account: Account, bytes: &[u8]) -> Option<Self> {
+        if bytes.len() >= arena.read_len(SizeClass::Small) as usize
+            || arena.available(account, SizeClass::Small, 1) == 0
+        {
+            return None;
+        }
+        let slot = arena.check_out(account, SizeClass::Small)?;
+        let mut packet = Self::whole_slot(arena, slot, bytes.len() as u32);
+        packet.copy_from_slice(bytes);
+        Some(packet)
     }
 
     /// Whether its memory belongs to `arena`.

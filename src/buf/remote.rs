@@ -25,6 +25,17 @@ impl RemoteBuf {
         Self { shared, parts }
     }
 
+    /// Replaces its content, at the usual place. It must have a slot of its own that is long enough.
+    pub(crate) fn refill(&mut self, bytes: &[u8]) {
+        self.parts.start = self.shared.data_offset();
+        self.parts.len = bytes.len() as u32;
+        assert!(
+            self.parts.start + self.parts.len <= self.parts.high,
+            "longer than its slot"
+        );
+        self.copy_from_slice(bytes);
+    }
+
     /// Whether `shared` is the arena that it came from.
     pub(crate) fn is_home(&self, shared: &Arc<Shared>) -> bool {
         Arc::ptr_eq(&self.shared, shared)

@@ -4,6 +4,7 @@ mod burst;
 #[cfg(all(test, feature = "lab"))]
 mod canary;
 mod config;
+mod handoff;
 mod moderation;
 mod port;
 mod ring;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use config::{Backend, BackendReport, MemoryBudget, Wait, WorkerConfig};
+pub use handoff::{Handoff, HandoffCounters, HandoffEnd};
 pub use port::{Detached, Endpoint, PortId, Sent};
 pub use single::SinglePort;
 pub(crate) use waker::WakeHandle;
@@ -102,6 +104,17 @@ impl Context {
     /// Whether a wake-up or a stop asks the worker to return to its user.
     fn interrupted(&self) -> bool {
         self.waker.is_due()
+    }
+
+    /// Sleeps, unless another thread handed something over meanwhile.
+    fn doze<T>(&mut self, ports: &mut Ports, sleep: impl FnOnce(&mut Self, &mut Ports) -> T) -> Option<T> {
+        if !ports.have_handoffs() {
+            return Some(sleep(self, ports));
+        }
+        self.waker.fall_asleep();
+        let slept = (!ports.any_ready()).then(|| sleep(self, ports));
+        self.waker.awake();
+        slept
     }
 
     fn doorbell_rang(&self) {
@@ -192,13 +205,21 @@ impl Worker {
     /// device is gone). The endpoint is closed with the error.
     pub fn attach(&mut self, endpoint: impl Into<Endpoint>) -> Result<PortId, OpenError> {
         let endpoint = endpoint.into();
+        if let Endpoint::Handoff(_) = endpoint {
+            let detail = "a hand-off belongs to the worker that opened it; open another one";
+            return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
+        }
         let class = self.class_for(&endpoint)?;
+        self.open_port(endpoint, class, self.reserve)
+    }
+
+    fn open_port(&mut self, endpoint: Endpoint, class: SizeClass, reserve: u32) -> Result<PortId, OpenError> {
         let index = self.ports.free_index();
         if index >= MOST_PORTS {
             let detail = format!("a worker has at most {MOST_PORTS} ports; use another worker");
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
-        if self.cx.arena.open_account(index, class, self.reserve).is_none() {
+        if self.cx.arena.open_account(index, class, reserve).is_none() {
             let detail =
                 "every buffer is promised to a port or in use; raise WorkerConfig::buffers or lower receive_reserve";
             return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", detail));
@@ -215,6 +236,41 @@ impl Worker {
             return Err(error);
         }
         Ok(id)
+    }
+
+    /// Opens a port to which another thread hands packets, at most `capacity` at a time. The port takes up to `capacity` buffers of this worker.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let mut worker = tun_driver::Worker::new(&tun_driver::WorkerConfig::default())?;
+    /// let (port, mut handoff) = worker.open_handoff(128)?;
+    /// handoff.send(b"a packet")?; // from any one thread
+    /// # let mut batch = tun_driver::Batch::with_capacity(1);
+    /// # assert_eq!(worker.try_recv_many(port, &mut batch)?, 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// No room for the port, or no buffers left to lend.
+    pub fn open_handoff(&mut self, capacity: usize) -> Result<(PortId, Handoff), OpenError> {
+        if capacity == 0 || capacity > self.cx.arena.config().small_slots / 2 {
+            let detail = format!(
+                "a hand-off for {capacity} packets: 1 to half of WorkerConfig::buffers ({}) are possible",
+                self.cx.arena.config().small_slots / 2
+            );
+            return Err(OpenError::refused(
+                OpenErrorKind::InvalidSetting,
+                "open_handoff",
+                detail,
+            ));
+        }
+        let longest = self.cx.arena.read_len(SizeClass::Small) as usize - 1;
+        let (end, handoff) = handoff::new(capacity, longest, self.cx.waker.clone());
+        let port = self.open_port(Endpoint::Handoff(end), SizeClass::Small, capacity as u32)?;
+        let index = self.ports.check(port).unwrap_or_else(|_| unreachable!("just opened"));
+        self.ports.at(index).lend(&self.cx.arena);
+        Ok((port, handoff))
     }
 
     /// Gives a port's queue or socket back, with the packets that were received and not handed over yet.
@@ -236,8 +292,8 @@ impl Worker {
         let Some(removed) = self.ports.remove(index) else {
             unreachable!("checked above")
         };
-        self.cx.arena.close_account(index);
         let detached = removed.into_detached(&self.cx.arena);
+        self.cx.arena.close_account(index);
         self.cx.books.close(port);
         Ok(detached)
     }
@@ -473,14 +529,14 @@ impl Worker {
     pub fn queue(&self, port: PortId) -> Option<&Queue> {
         match &self.ports.find(port)?.endpoint {
             Endpoint::Queue(queue) => Some(queue),
-            Endpoint::Udp(_) => None,
+            Endpoint::Udp(_) | Endpoint::Handoff(_) => None,
         }
     }
 
     /// The socket of a port, to ask its addresses or set its options; `None` for a queue or a detached port.
     pub fn udp(&self, port: PortId) -> Option<&UdpSocket> {
         match &self.ports.find(port)?.endpoint {
-            Endpoint::Queue(_) => None,
+            Endpoint::Queue(_) | Endpoint::Handoff(_) => None,
             Endpoint::Udp(socket) => Some(socket),
         }
     }
@@ -555,6 +611,7 @@ fn name_of(endpoint: &Endpoint) -> String {
             Ok(address) => format!("udp {address}"),
             Err(_) => "udp".to_owned(),
         },
+        Endpoint::Handoff(_) => "handoff".to_owned(),
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::burst::{Burst, LONGEST};
+use super::handoff::{self, HandoffEnd};
 use crate::buf::{Account, Arena, Batch, PacketBuf, SizeClass};
 use crate::error::{PortError, PortErrorKind};
 use crate::queue::Queue;
@@ -30,7 +31,7 @@ impl PortId {
     }
 }
 
-/// What a port stands on: a queue of a TUN or TAP device, or a UDP socket.
+/// What a port stands on: a queue of a TUN or TAP device, a UDP socket, or packets that other threads hand over.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Endpoint {
@@ -38,6 +39,8 @@ pub enum Endpoint {
     Queue(Queue),
     /// A bound, and perhaps connected, UDP socket.
     Udp(UdpSocket),
+    /// The receiving end of a [`Handoff`](super::Handoff). Dropped, it tells the sender that the port is gone.
+    Handoff(HandoffEnd),
 }
 
 impl Endpoint {
@@ -45,14 +48,14 @@ impl Endpoint {
     pub fn into_queue(self) -> Option<Queue> {
         match self {
             Endpoint::Queue(queue) => Some(queue),
-            Endpoint::Udp(_) => None,
+            Endpoint::Udp(_) | Endpoint::Handoff(_) => None,
         }
     }
 
     /// The socket, if it is one.
     pub fn into_udp(self) -> Option<UdpSocket> {
         match self {
-            Endpoint::Queue(_) => None,
+            Endpoint::Queue(_) | Endpoint::Handoff(_) => None,
             Endpoint::Udp(socket) => Some(socket),
         }
     }
@@ -61,6 +64,7 @@ impl Endpoint {
         match self {
             Endpoint::Queue(queue) => queue.as_raw_fd(),
             Endpoint::Udp(socket) => socket.as_raw_fd(),
+            Endpoint::Handoff(_) => -1,
         }
     }
 }
@@ -106,6 +110,15 @@ pub struct Sent {
 }
 
 impl Sent {
+    /// The port only receives.
+    pub(super) fn one_way() -> Self {
+        let error = PortError::new(PortErrorKind::Other, "send_many", libc::EOPNOTSUPP);
+        Self {
+            stopped: Some(error),
+            ..Self::default()
+        }
+    }
+
     /// Adds what became of the packets behind.
     pub(super) fn add(&mut self, next: Sent) {
         self.accepted += next.accepted;
@@ -182,13 +195,35 @@ impl Port {
         matches!(self.endpoint, Endpoint::Udp(_))
     }
 
+    /// The receiving end of a hand-off, if it is one.
+    pub(super) fn handoff(&mut self) -> Option<&mut HandoffEnd> {
+        match &mut self.endpoint {
+            Endpoint::Handoff(end) => Some(end),
+            _ => None,
+        }
+    }
+
+    pub(super) fn is_handoff(&self) -> bool {
+        matches!(self.endpoint, Endpoint::Handoff(_))
+    }
+
+    /// Lends buffers to the sender of a hand-off. Returns whether packets can come.
+    pub(super) fn lend(&mut self, arena: &Rc<Arena>) -> bool {
+        let account = self.account;
+        self.handoff().is_none_or(|end| end.lend(arena, account))
+    }
+
     /// Whether a receive would return at once.
     pub(super) fn is_ready(&self) -> bool {
         self.more
             || self.readable
             || !self.inbox.is_empty()
             || self.notice.is_some()
-            || (self.gone.is_some() && !self.gone_told)
+            || match (&self.gone, &self.endpoint) {
+                (Some(_), _) => !self.gone_told,
+                (None, Endpoint::Handoff(end)) => end.is_ready(),
+                _ => false,
+            }
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -303,8 +338,10 @@ impl Port {
     }
 
     pub(super) fn into_detached(mut self, arena: &Rc<Arena>) -> Detached {
-        let mut undelivered = Batch::with_capacity(self.inbox.len());
+        let handed = self.handoff().map_or(0, |end| end.waiting());
+        let mut undelivered = Batch::with_capacity(self.inbox.len() + handed);
         self.hand_over(arena, &mut undelivered);
+        handoff::receive(arena, &mut self, &mut undelivered);
         Detached {
             endpoint: self.endpoint,
             undelivered,
@@ -316,6 +353,8 @@ impl Port {
 /// The ports of a worker, by index.
 pub(super) struct Ports {
     slots: Vec<Option<Port>>,
+    /// How many of them are hand-offs.
+    handoffs: usize,
     scan: usize,
 }
 
@@ -323,6 +362,7 @@ impl Ports {
     pub(super) fn new() -> Self {
         Self {
             slots: Vec::new(),
+            handoffs: 0,
             scan: 0,
         }
     }
@@ -336,11 +376,19 @@ impl Ports {
         if index == self.slots.len() {
             self.slots.push(None);
         }
+        self.handoffs += usize::from(port.is_handoff());
         self.slots[index] = Some(port);
     }
 
     pub(super) fn remove(&mut self, index: usize) -> Option<Port> {
-        self.slots.get_mut(index)?.take()
+        let port = self.slots.get_mut(index)?.take();
+        self.handoffs -= usize::from(port.as_ref().is_some_and(Port::is_handoff));
+        port
+    }
+
+    /// Whether a thread may hand packets over while the worker falls asleep.
+    pub(super) fn have_handoffs(&self) -> bool {
+        self.handoffs > 0
     }
 
     pub(super) fn check(&self, id: PortId) -> Result<usize, PortError> {
@@ -389,7 +437,7 @@ impl Ports {
     /// The worker paused instead of waiting for those that were busy before: they are to be looked at again.
     pub(super) fn paused(&mut self, arena: &Arena) {
         for port in self.iter_mut() {
-            let busy = std::mem::take(&mut port.recent) && !port.armed;
+            let busy = std::mem::take(&mut port.recent) && !port.armed && !port.is_handoff();
             port.more |= busy && arena.available(port.account, port.class, 1) > 0;
         }
     }

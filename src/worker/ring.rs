@@ -21,7 +21,7 @@ use super::Context;
 use super::burst::LONGEST;
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
 use super::port::{Endpoint, Port, Ports, Sent, judge};
-use super::udp;
+use super::{handoff, udp};
 use crate::buf::Batch;
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 use crate::sys::uring::RingHandle;
@@ -216,6 +216,9 @@ impl RingBackend {
     /// Takes a port's descriptor into the table, and makes sure that the kernel serves it without blocking.
     pub(super) fn attach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> Result<(), OpenError> {
         let port = ports.at(index);
+        if port.is_handoff() {
+            return Ok(());
+        }
         let (fd, udp) = (port.fd, port.is_udp());
         self.ring
             .submitter()
@@ -331,6 +334,8 @@ impl RingBackend {
                 }
             } else if port.is_udp() {
                 udp::receive(cx, port, batch);
+            } else if port.is_handoff() {
+                handoff::receive(&cx.arena, port, batch);
             } else if !port.has_news() && self.ask(cx, ports, index, batch, got > 0, block && !paused) {
                 continue;
             }
@@ -355,7 +360,7 @@ impl RingBackend {
                 continue;
             }
             self.arm_doorbell();
-            self.sleep(cx, ports, None);
+            cx.doze(ports, |cx, ports| self.sleep(cx, ports, None));
             if self.broken.is_some() {
                 return Err(self.broken_error());
             }
@@ -411,6 +416,9 @@ impl RingBackend {
         if port.armed || port.is_gone() {
             return true;
         }
+        if port.is_handoff() {
+            return port.lend(&cx.arena);
+        }
         if cx.arena.available(port.account, port.class, 1) == 0 {
             return false;
         }
@@ -456,8 +464,11 @@ impl RingBackend {
 
     /// Sends from the front of the batch to a queue.
     pub(super) fn send(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> Sent {
-        if ports.at(index).is_udp() {
-            return udp::send(cx, ports.at(index), batch);
+        let port = ports.at(index);
+        match port.endpoint {
+            Endpoint::Queue(_) => {}
+            Endpoint::Udp(_) => return udp::send(cx, port, batch),
+            Endpoint::Handoff(_) => return Sent::one_way(),
         }
         let mut total = Sent::default();
         while !batch.is_empty() && total.stopped.is_none() {
@@ -559,7 +570,7 @@ impl RingBackend {
                 let _ = ports.exists(index) && self.arm(cx, ports, index);
             }
         }
-        self.sleep(cx, ports, deadline);
+        cx.doze(ports, |cx, ports| self.sleep(cx, ports, deadline));
         self.health()
     }
 

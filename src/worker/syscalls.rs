@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::Context;
 use super::config::Wait;
-use super::port::{Ports, Sent, judge};
-use super::udp;
+use super::port::{Endpoint, Ports, Sent, judge};
+use super::{handoff, udp};
 use crate::buf::Batch;
 use crate::error::PortError;
 use crate::sys::cpu::TimerSlack;
@@ -47,6 +47,8 @@ impl SyscallBackend {
             port.more = false;
             if port.is_udp() {
                 udp::receive(cx, port, batch);
+            } else if port.is_handoff() {
+                handoff::receive(&cx.arena, port, batch);
             } else {
                 read_until_empty(cx, ports, index, batch);
             }
@@ -62,7 +64,8 @@ impl SyscallBackend {
                 pause_for(cx, ports, pause);
                 continue;
             }
-            self.sleep(cx, ports, Some(index), None)
+            cx.doze(ports, |cx, ports| self.sleep(cx, ports, Some(index), None))
+                .unwrap_or(Ok(()))
                 .map_err(|error| PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO)))?;
         }
     }
@@ -70,8 +73,10 @@ impl SyscallBackend {
     /// Sends from the front of the batch.
     pub(super) fn send(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> Sent {
         let port = ports.at(index);
-        if port.is_udp() {
-            return udp::send(cx, port, batch);
+        match port.endpoint {
+            Endpoint::Queue(_) => {}
+            Endpoint::Udp(_) => return udp::send(cx, port, batch),
+            Endpoint::Handoff(_) => return Sent::one_way(),
         }
         let mut total = Sent::default();
         while total.accepted + total.refused < batch.len() && total.stopped.is_none() {
@@ -113,7 +118,8 @@ impl SyscallBackend {
             // The ports that were not busy, and the doorbell.
             return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
         }
-        self.sleep(cx, ports, None, deadline)
+        cx.doze(ports, |cx, ports| self.sleep(cx, ports, None, deadline))
+            .unwrap_or(Ok(()))
     }
 
     fn sleep(
@@ -188,9 +194,17 @@ impl SyscallBackend {
             if port.is_gone() || port.readable {
                 continue;
             }
-            if cx.arena.available(port.account, port.class, 1) == 0 {
+            let can = if port.is_handoff() {
+                port.lend(&cx.arena)
+            } else {
+                cx.arena.available(port.account, port.class, 1) > 0
+            };
+            if !can {
                 port.tally.no_buffers.add(count);
                 starved = true;
+                continue;
+            }
+            if port.is_handoff() {
                 continue;
             }
             self.poll_set.push(libc::pollfd {

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 
 use crate::sys::fd;
 
@@ -42,6 +42,8 @@ struct Inner {
     eventfd: OwnedFd,
     woken: AtomicBool,
     stopped: AtomicBool,
+    /// The worker sleeps, or is about to: who hands something over has to ring.
+    asleep: AtomicBool,
 }
 
 impl WakeHandle {
@@ -51,12 +53,32 @@ impl WakeHandle {
             eventfd,
             woken: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
+            asleep: AtomicBool::new(false),
         })))
     }
 
     /// Ends the worker's sleep without telling it why.
     pub(crate) fn ring(&self) {
         fd::eventfd_ring(self.0.eventfd.as_fd());
+    }
+
+    /// Ends the worker's sleep, if it sleeps, after something was put where it looks before it falls asleep.
+    pub(super) fn knock(&self) {
+        // Pairs with the fence in `fall_asleep`: either the worker sees what was put there, or this thread sees that it sleeps.
+        fence(Ordering::SeqCst);
+        if self.0.asleep.load(Ordering::Relaxed) && self.0.asleep.swap(false, Ordering::AcqRel) {
+            self.ring();
+        }
+    }
+
+    /// From now on who knocks rings. Look once more before sleeping.
+    pub(super) fn fall_asleep(&self) {
+        self.0.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    pub(super) fn awake(&self) {
+        self.0.asleep.store(false, Ordering::Relaxed);
     }
 
     /// Silences the doorbell. Before the flags are read, so that no ring is lost between the two.
