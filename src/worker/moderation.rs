@@ -57,13 +57,18 @@ impl Moderation {
         self.received = self.received.saturating_add(packets as u32);
     }
 
-    /// All ports are empty: how long to pause. `None`: sleep until something comes.
+    /// All ports are empty: how long to pause, at most until the deadline. `None`: sleep until something comes.
     #[inline]
-    pub(super) fn pause(&mut self) -> Option<Duration> {
+    pub(super) fn pause(&mut self, deadline: Option<Instant>) -> Option<Duration> {
         if self.max.is_zero() {
             return None;
         }
-        self.pause_at(Instant::now())
+        let now = Instant::now();
+        match deadline.map(|deadline| deadline.saturating_duration_since(now)) {
+            Some(Duration::ZERO) => None,
+            Some(left) => Some(self.pause_at(now)?.min(left)),
+            None => self.pause_at(now),
+        }
     }
 
     fn pause_at(&mut self, now: Instant) -> Option<Duration> {
@@ -184,7 +189,7 @@ mod tests {
             let mut moderation = Moderation::new(wait);
             for _ in 0..100 {
                 moderation.received(64);
-                assert_eq!(moderation.pause(), None);
+                assert_eq!(moderation.pause(None), None);
             }
         }
     }

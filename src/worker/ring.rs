@@ -348,8 +348,8 @@ impl RingBackend {
             if cx.interrupted() {
                 return Ok(0);
             }
-            if let Some(pause) = cx.moderation.pause() {
-                self.pause(cx, ports, pause, None);
+            if let Some(pause) = cx.moderation.pause(None) {
+                self.pause(cx, ports, pause);
                 ports.at(index).more = false;
                 paused = true;
                 continue;
@@ -551,8 +551,8 @@ impl RingBackend {
         if ports.any_ready() || cx.interrupted() {
             return Ok(());
         }
-        if let Some(pause) = cx.moderation.pause() {
-            self.pause(cx, ports, pause, deadline);
+        if let Some(pause) = cx.moderation.pause(deadline) {
+            self.pause(cx, ports, pause);
             return self.health();
         }
         let mut starved = false;
@@ -582,21 +582,16 @@ impl RingBackend {
     }
 
     /// Sleeps for a set time, so that packets gather on the ports that were busy; these are looked at again then. Only the time ends it.
-    fn pause(&mut self, cx: &mut Context, ports: &mut Ports, pause: Duration, deadline: Option<Instant>) {
+    fn pause(&mut self, cx: &mut Context, ports: &mut Ports, pause: Duration) {
         for index in 0..ports.len() {
             if ports.exists(index) && !ports.at(index).recent {
                 let _ = self.arm(cx, ports, index);
             }
         }
-        let pause = deadline.map_or(pause, |deadline| {
-            pause.min(deadline.saturating_duration_since(Instant::now()))
-        });
-        if !pause.is_zero() {
-            cx.books.worker.lingers.add(1);
-            // One more than can complete.
-            let all = self.books.outstanding as u32;
-            self.enter(all + 1, true, Some(pause));
-        }
+        cx.books.worker.lingers.add(1);
+        // One more than can complete.
+        let all = self.books.outstanding as u32;
+        self.enter(all + 1, true, Some(pause));
         self.reap(cx, ports);
         ports.paused(&cx.arena);
     }

@@ -60,7 +60,7 @@ impl SyscallBackend {
             if cx.interrupted() {
                 return Ok(0);
             }
-            if let Some(pause) = cx.moderation.pause() {
+            if let Some(pause) = cx.moderation.pause(None) {
                 pause_for(cx, ports, pause);
                 continue;
             }
@@ -108,13 +108,8 @@ impl SyscallBackend {
             // Others may have become ready meanwhile, and the doorbell wants to be heard.
             return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
         }
-        if let Some(pause) = cx.moderation.pause() {
-            let now = Instant::now();
-            pause_for(
-                cx,
-                ports,
-                deadline.map_or(pause, |deadline| pause.min(deadline.saturating_duration_since(now))),
-            );
+        if let Some(pause) = cx.moderation.pause(deadline) {
+            pause_for(cx, ports, pause);
             // The ports that were not busy, and the doorbell.
             return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
         }
@@ -220,10 +215,8 @@ impl SyscallBackend {
 
 /// Sleeps for a set time, so that packets gather on the ports that were busy; these are looked at again then.
 fn pause_for(cx: &Context, ports: &mut Ports, pause: Duration) {
-    if !pause.is_zero() {
-        cx.books.worker.lingers.add(1);
-        std::thread::sleep(pause);
-    }
+    cx.books.worker.lingers.add(1);
+    std::thread::sleep(pause);
     ports.paused(&cx.arena);
 }
 
