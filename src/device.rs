@@ -168,6 +168,16 @@ impl Device {
         Ok(Queue::new(fd, Arc::new(info)))
     }
 
+    /// Runs `work` on a thread in the device's network namespace; on this thread if it is there already.
+    #[cfg(feature = "engine")]
+    pub(crate) fn in_its_namespace<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        match &self.inner.entrance {
+            _ if NetnsId::current().ok() == self.inner.netns => Ok(work()),
+            Some(entrance) => in_netns(entrance, work).map_err(io::Error::from),
+            None => Err(io::Error::from_raw_os_error(libc::ENOENT)),
+        }
+    }
+
     fn name(&self) -> io::Result<IfName> {
         self.inner.control.name(self.inner.index)
     }

@@ -45,6 +45,8 @@ pub enum OpenErrorKind {
     DescriptorLimit,
     /// The descriptor is not what the caller said it was.
     NotATunDescriptor,
+    /// The factory of an engine's handlers failed or panicked.
+    Factory,
     /// This kernel does not know the request.
     Unsupported,
     /// Anything else: see the errno.

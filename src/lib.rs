@@ -17,6 +17,9 @@ mod buf;
 mod stats;
 mod worker;
 
+#[cfg(feature = "engine")]
+mod engine;
+
 #[cfg(feature = "netlink")]
 pub mod netlink;
 
@@ -29,6 +32,14 @@ pub use stats::{Counters, ErrnoCounts, PortStats, StatsReader, WorkerCounters, W
 pub use worker::{
     Backend, BackendReport, Detached, Endpoint, Handoff, HandoffCounters, HandoffEnd, MemoryBudget, PortId, Sent,
     SinglePort, Wait, Wake, Waker, Worker, WorkerConfig,
+};
+
+#[cfg(feature = "metrics")]
+pub use engine::Histograms;
+#[cfg(feature = "engine")]
+pub use engine::{
+    ControlError, Ended, Engine, EngineBuilder, Event, Events, FactoryError, Handler, OnPanic, Pin, Placement,
+    Released, Seat, SeatPort, Stats, StopReport, Stopper, WorkerEnd, WorkerInfo, WorkerReport,
 };
 
 pub use builder::Builder;

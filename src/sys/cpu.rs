@@ -1,9 +1,10 @@
 //! Placement of threads: sched_setaffinity(2), sched_getaffinity(2).
 
-use std::io;
-use std::mem;
+#[cfg(any(feature = "engine", feature = "lab"))]
+use std::{io, mem};
 
 /// Keeps the calling thread on one CPU.
+#[cfg(any(feature = "engine", feature = "lab"))]
 pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
     if cpu >= libc::CPU_SETSIZE as usize {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
@@ -17,6 +18,7 @@ pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
 }
 
 /// The CPUs that the calling thread may run on, in rising order; at least one.
+#[cfg(any(feature = "engine", feature = "lab"))]
 pub(crate) fn allowed() -> io::Result<Vec<usize>> {
     // SAFETY: cpu_set_t is an array of integers, for which all zeroes is a value: the empty set.
     let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
@@ -58,7 +60,7 @@ fn set_timer_slack(nanoseconds: libc::c_ulong) {
     let _ = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, nanoseconds) };
 }
 
-#[cfg(test)]
+#[cfg(all(test, any(feature = "engine", feature = "lab")))]
 mod tests {
     use super::*;
 

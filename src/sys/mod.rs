@@ -3,7 +3,6 @@
 
 #[cfg(feature = "lab")]
 pub(crate) mod bpf;
-#[cfg(feature = "lab")]
 pub(crate) mod cpu;
 pub(crate) mod fd;
 pub(crate) mod host;
@@ -12,6 +11,8 @@ pub(crate) mod lab;
 pub(crate) mod netdevice;
 #[cfg(feature = "lab")]
 pub(crate) mod netns;
+#[cfg(feature = "engine")]
+pub(crate) mod notices;
 pub(crate) mod setns;
 pub(crate) mod socket;
 pub(crate) mod tun;

@@ -80,6 +80,8 @@ pub struct Worker {
     reserve: u32,
     /// One packet at a time, for the plain calls.
     single: Batch,
+    /// What was in flight has been ended.
+    closed: bool,
 }
 
 /// The backends. A known set of two, matched once per batch. Each supplies `receive`, `send` and `wait`; the ring also attaches, detaches
@@ -147,7 +149,6 @@ impl Worker {
     /// # Errors
     /// A setting out of range; no memory; a forced backend that this host lacks.
     pub fn new(config: &WorkerConfig) -> Result<Self, OpenError> {
-        check(config)?;
         let waker = WakeHandle::new().map_err(|error| {
             OpenError::new(
                 OpenErrorKind::DescriptorLimit,
@@ -156,6 +157,12 @@ impl Worker {
                 "no descriptor for the doorbell",
             )
         })?;
+        Self::with_waker(config, waker)
+    }
+
+    /// A worker whose waker was made before it.
+    pub(crate) fn with_waker(config: &WorkerConfig, waker: WakeHandle) -> Result<Self, OpenError> {
+        check(config)?;
         let books = Arc::new(Books::default());
         let (backend, arena, report) = match config.backend {
             Some(Backend::IoUring) => open_ring(config, &waker, &books)?,
@@ -187,6 +194,7 @@ impl Worker {
             report,
             reserve,
             single: Batch::with_capacity(1),
+            closed: false,
         })
     }
 
@@ -205,15 +213,27 @@ impl Worker {
     /// device is gone). The endpoint is closed with the error.
     pub fn attach(&mut self, endpoint: impl Into<Endpoint>) -> Result<PortId, OpenError> {
         let endpoint = endpoint.into();
+        let name = name_of(&endpoint);
+        self.attach_as(endpoint, name)
+    }
+
+    /// Attaches under a name of the caller's choice.
+    pub(crate) fn attach_as(&mut self, endpoint: Endpoint, name: String) -> Result<PortId, OpenError> {
         if let Endpoint::Handoff(_) = endpoint {
             let detail = "a hand-off belongs to the worker that opened it; open another one";
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
         let class = self.class_for(&endpoint)?;
-        self.open_port(endpoint, class, self.reserve)
+        self.open_port(endpoint, name, class, self.reserve)
     }
 
-    fn open_port(&mut self, endpoint: Endpoint, class: SizeClass, reserve: u32) -> Result<PortId, OpenError> {
+    fn open_port(
+        &mut self,
+        endpoint: Endpoint,
+        name: String,
+        class: SizeClass,
+        reserve: u32,
+    ) -> Result<PortId, OpenError> {
         let index = self.ports.free_index();
         if index >= MOST_PORTS {
             let detail = format!("a worker has at most {MOST_PORTS} ports; use another worker");
@@ -225,7 +245,7 @@ impl Worker {
             return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", detail));
         }
         let id = PortId::new(index);
-        let tally = self.cx.books.open(id, name_of(&endpoint));
+        let tally = self.cx.books.open(id, name);
         self.ports.insert(Port::new(id, endpoint, &self.cx.arena, class, tally));
         if let Imp::Ring(ring) = &mut self.backend
             && let Err(error) = ring.attach(&mut self.cx, &mut self.ports, index)
@@ -267,7 +287,12 @@ impl Worker {
         }
         let longest = self.cx.arena.read_len(SizeClass::Small) as usize - 1;
         let (end, handoff) = handoff::new(capacity, longest, self.cx.waker.clone());
-        let port = self.open_port(Endpoint::Handoff(end), SizeClass::Small, capacity as u32)?;
+        let port = self.open_port(
+            Endpoint::Handoff(end),
+            "handoff".to_owned(),
+            SizeClass::Small,
+            capacity as u32,
+        )?;
         let index = self.ports.check(port).unwrap_or_else(|_| unreachable!("just opened"));
         self.ports.at(index).lend(&self.cx.arena);
         Ok((port, handoff))
@@ -556,6 +581,27 @@ impl Worker {
         self.cx.books.worker.discarded.get()
     }
 
+    /// Drops the worker. Returns whether the kernel let go of its memory.
+    #[cfg(feature = "engine")]
+    pub(crate) fn close(mut self) -> bool {
+        self.let_go()
+    }
+
+    /// Ends all that is in flight, once. `false` if the kernel does not let go of the memory, which is leaked then.
+    fn let_go(&mut self) -> bool {
+        if std::mem::replace(&mut self.closed, true) {
+            return true;
+        }
+        let clean = match &mut self.backend {
+            Imp::Ring(ring) => ring.close(&mut self.cx, &mut self.ports),
+            Imp::Syscalls(_) => true,
+        };
+        if !clean {
+            leak_memory(self.cx.arena.shared());
+        }
+        clean
+    }
+
     /// The smallest class of buffers that holds every packet of the endpoint.
     fn class_for(&self, endpoint: &Endpoint) -> Result<SizeClass, OpenError> {
         let Endpoint::Queue(queue) = endpoint else {
@@ -585,11 +631,7 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if let Imp::Ring(ring) = &mut self.backend
-            && !ring.close(&mut self.cx, &mut self.ports)
-        {
-            leak_memory(self.cx.arena.shared());
-        }
+        self.let_go();
         // What lies in the inboxes needs no release: the tables go with the arena, or with the last packet.
     }
 }

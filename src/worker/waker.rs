@@ -15,7 +15,7 @@ use crate::sys::fd;
 pub struct Waker(WakeHandle);
 
 impl Waker {
-    pub(super) fn new(handle: WakeHandle) -> Self {
+    pub(crate) fn new(handle: WakeHandle) -> Self {
         Self(handle)
     }
 

@@ -1,0 +1,501 @@
+//! How an engine is made.
+
+use std::error::Error;
+use std::net::UdpSocket;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crossbeam_channel::Receiver;
+
+use super::control::Command;
+use super::events::{Events, Watch};
+use super::handler::Handler;
+#[cfg(feature = "metrics")]
+use super::histograms::Histograms;
+use super::placement::{Pin, Placement, pin, usable_cores};
+use super::report::{OnPanic, WorkerEnd, WorkerInfo, WorkerReport};
+use super::shared::Shared;
+use super::thread::{Thread, message};
+use super::{Engine, Link, Stopper};
+use crate::buf::Batch;
+use crate::device::Device;
+use crate::error::{OpenError, OpenErrorKind};
+use crate::queue::MultiQueue;
+use crate::stats::StatsReader;
+use crate::worker::{Endpoint, PortId, WakeHandle, Waker, Worker, WorkerConfig};
+
+/// Devices, sockets and settings of an engine that is to be started. Made by [`Engine::builder`].
+#[derive(Debug)]
+#[must_use = "nothing runs before `start`"]
+pub struct EngineBuilder {
+    sources: Vec<Source>,
+    workers: Option<usize>,
+    placement: Placement,
+    config: WorkerConfig,
+    batch: usize,
+    on_panic: OnPanic,
+    #[cfg(feature = "metrics")]
+    histograms: bool,
+}
+
+/// One device, or one group of sockets: what each worker owns one of.
+#[derive(Debug)]
+struct Source {
+    device: Option<Device>,
+    endpoints: Vec<(Endpoint, String)>,
+}
+
+/// Why a factory could not make a handler.
+pub type FactoryError = Box<dyn Error + Send + Sync>;
+
+/// A worker on its own thread, ready for its handler: what the factory builds on.
+#[derive(Debug)]
+pub struct Seat<'a> {
+    worker: &'a mut Worker,
+    number: usize,
+    pin: &'a Pin,
+    ports: &'a [SeatPort],
+    stopper: &'a Stopper,
+}
+
+/// A port that a worker begins with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SeatPort {
+    /// Its name on the worker.
+    pub id: PortId,
+    /// Which device or group of sockets it is of: the count of the calls to [`EngineBuilder`] that gave one, from 0.
+    pub source: usize,
+    /// Its number within that: the queue's place among the device's queues, or the socket's in its group.
+    pub number: usize,
+}
+
+impl EngineBuilder {
+    pub(super) fn new() -> Self {
+        Self {
+            sources: Vec::new(),
+            workers: None,
+            placement: Placement::default(),
+            config: WorkerConfig::default(),
+            batch: 64,
+            on_panic: OnPanic::default(),
+            #[cfg(feature = "metrics")]
+            histograms: false,
+        }
+    }
+
+    /// Adds a device: worker k serves its queue k, and where there are fewer workers than queues, they share them in turn.
+    pub fn device(mut self, device: MultiQueue) -> Self {
+        let settings = device.device().cloned();
+        let endpoints = device
+            .into_queues()
+            .into_iter()
+            .enumerate()
+            .map(|(number, queue)| {
+                let name = format!("{}:q{number}", queue.name());
+                (Endpoint::from(queue), name)
+            })
+            .collect();
+        self.sources.push(Source {
+            device: settings,
+            endpoints,
+        });
+        self
+    }
+
+    /// Adds a group of UDP sockets: worker k serves the k-th. Bound to one address with SO_REUSEPORT, the kernel spreads flows over them.
+    pub fn sockets(mut self, sockets: impl IntoIterator<Item = UdpSocket>) -> Self {
+        let endpoints = sockets
+            .into_iter()
+            .map(|socket| {
+                let name = socket
+                    .local_addr()
+                    .map_or_else(|_| "udp".to_owned(), |at| format!("udp {at}"));
+                (Endpoint::from(socket), name)
+            })
+            .collect();
+        self.sources.push(Source {
+            device: None,
+            endpoints,
+        });
+        self
+    }
+
+    /// Sets the number of workers. Otherwise as many as the largest source has members, but no more than there are cores.
+    pub fn workers(mut self, count: usize) -> Self {
+        self.workers = Some(count);
+        self
+    }
+
+    /// Sets where the workers run: one on each core unless set.
+    pub fn placement(mut self, placement: Placement) -> Self {
+        self.placement = placement;
+        self
+    }
+
+    /// Sets how the workers are made: backend, buffers, waiting.
+    pub fn config(mut self, config: WorkerConfig) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// Sets how many packets a handler gets at once at most: 64 unless set.
+    pub fn batch(mut self, packets: usize) -> Self {
+        self.batch = packets;
+        self
+    }
+
+    /// Sets what a handler's panic does to the other workers: they stop unless set.
+    pub fn on_panic(mut self, on_panic: OnPanic) -> Self {
+        self.on_panic = on_panic;
+        self
+    }
+
+    /// Keeps [`Histograms`](super::Histograms) of every batch: two clock readings and three recordings each.
+    #[cfg(feature = "metrics")]
+    pub fn histograms(mut self, keep: bool) -> Self {
+        self.histograms = keep;
+        self
+    }
+
+    /// Starts the engine with a copy of this closure on each worker.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub fn start_fn<F>(self, packets: F) -> Result<Engine<F>, OpenError>
+    where
+        F: FnMut(&mut Worker, PortId, &mut Batch) + Clone + Send + Sync + 'static,
+    {
+        self.start(move |_| Ok(packets.clone()))
+    }
+
+    /// Starts a thread for each worker; on it makes the worker, attaches its queues and sockets, and lets `factory` make its handler.
+    ///
+    /// Returns when all workers are ready; the first of them serve already then.
+    ///
+    /// # Errors
+    /// A setting out of range; what [`Worker::new`] and [`Worker::attach`] say; [`OpenErrorKind::Factory`] with the words of the factory.
+    /// All workers have ended and all devices are closed then.
+    pub fn start<H, F>(self, factory: F) -> Result<Engine<H>, OpenError>
+    where
+        H: Handler + 'static,
+        F: Fn(&mut Seat<'_>) -> Result<H, FactoryError> + Send + Sync + 'static,
+    {
+        let usable = usable_cores();
+        let count = self.worker_count(usable.len())?;
+        let cores = self.placement.assign(count, &usable)?;
+        let handles = (0..count)
+            .map(|_| WakeHandle::new())
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| {
+                let detail = "no descriptor for a worker's doorbell (ulimit -n)";
+                OpenError::new(OpenErrorKind::DescriptorLimit, "eventfd", &error, detail)
+            })?;
+        let (sender, events) = Events::channel();
+        let wakers = handles.iter().cloned().map(Waker::new).collect();
+        let shared = Arc::new(Shared::new(sender, self.on_panic, wakers, self.sources.len()));
+        let devices = self.devices();
+        let settings = Arc::new(Settings {
+            config: self.config,
+            batch: self.batch,
+            #[cfg(feature = "metrics")]
+            histograms: self.histograms,
+        });
+        let factory = Arc::new(factory);
+        let (ended_in, ended) = crossbeam_channel::bounded(count);
+        let mut threads = Vec::with_capacity(count);
+        // Dropping it stops and joins what was started by then.
+        let mut engine = Engine {
+            links: Vec::with_capacity(count),
+            infos: Vec::with_capacity(count),
+            ended,
+            reports: Mutex::new(Vec::new()),
+            events,
+            watch: None,
+            shared: Arc::clone(&shared),
+        };
+        for (number, members) in deal(self.sources, count).into_iter().enumerate() {
+            let seating = Seating {
+                number,
+                name: thread_name(number, &members),
+                core: cores[number],
+                waker: handles[number].clone(),
+                members,
+                settings: Arc::clone(&settings),
+                shared: Arc::clone(&shared),
+            };
+            let (factory, ended) = (Arc::clone(&factory), ended_in.clone());
+            let (commands, obeyed) = crossbeam_channel::unbounded();
+            let (ready, started) = crossbeam_channel::bounded(1);
+            let name = seating.name.clone();
+            let body = move || {
+                let name = seating.name.clone();
+                let report = match seating.take(obeyed, &*factory) {
+                    Ok((info, stats, thread, handler)) => {
+                        drop(factory);
+                        let _ = ready.send(Ok((info, stats)));
+                        thread.run(handler)
+                    }
+                    Err(error) => {
+                        let end = WorkerEnd::Failed(error.to_string());
+                        let _ = ready.send(Err(error));
+                        WorkerReport {
+                            name,
+                            end,
+                            undelivered: 0,
+                        }
+                    }
+                };
+                // Nobody hears it if the engine was dropped while this worker was stuck.
+                let _ = ended.send((number, report));
+            };
+            let thread = thread::Builder::new().name(name).spawn(body).map_err(|error| {
+                OpenError::new(OpenErrorKind::Other, "pthread_create", &error, "no thread for a worker")
+            });
+            threads.push((thread, started, commands));
+        }
+        let mut failure = None;
+        for (thread, started, commands) in threads {
+            match thread.map(|thread| (thread, started.recv())) {
+                Ok((thread, Ok(Ok((info, stats))))) => {
+                    engine.links.push(Link {
+                        commands,
+                        id: thread.thread().id(),
+                        thread: Mutex::new(Some(thread)),
+                        stats,
+                    });
+                    engine.infos.push(info);
+                }
+                Ok((thread, Ok(Err(error)))) => {
+                    let _ = thread.join();
+                    failure.get_or_insert(error);
+                }
+                Ok((_, Err(_))) => unreachable!("a worker's thread says how it started"),
+                Err(error) => {
+                    failure.get_or_insert(error);
+                }
+            }
+        }
+        *engine.reports() = vec![None; engine.links.len()];
+        match failure {
+            Some(error) => Err(error),
+            None => {
+                engine.watch = Watch::start(devices, shared).ok();
+                Ok(engine)
+            }
+        }
+    }
+
+    /// The devices with their numbers, as far as their settings can be asked for.
+    fn devices(&self) -> Vec<(usize, Device)> {
+        let numbered = self.sources.iter().enumerate();
+        numbered
+            .filter_map(|(number, source)| Some((number, source.device.clone()?)))
+            .collect()
+    }
+
+    fn worker_count(&self, cores: usize) -> Result<usize, OpenError> {
+        let members = self
+            .sources
+            .iter()
+            .map(|source| source.endpoints.len())
+            .max()
+            .unwrap_or(0);
+        let count = self.workers.unwrap_or_else(|| members.min(cores.max(1)).max(1));
+        let refuse = |detail: String| {
+            Err(OpenError::refused(
+                OpenErrorKind::InvalidSetting,
+                "Engine::start",
+                detail,
+            ))
+        };
+        if count == 0 || count > 1024 {
+            return refuse(format!("{count} workers; 1 to 1024 are possible"));
+        }
+        if self.batch == 0 || self.batch > 4096 {
+            return refuse(format!("batches of {} packets; 1 to 4096 are possible", self.batch));
+        }
+        Ok(count)
+    }
+}
+
+/// What all workers of an engine begin with.
+struct Settings {
+    config: WorkerConfig,
+    batch: usize,
+    #[cfg(feature = "metrics")]
+    histograms: bool,
+}
+
+/// One queue or socket on its way to its worker.
+struct Member {
+    endpoint: Endpoint,
+    name: String,
+    source: usize,
+    number: usize,
+    is_device: bool,
+}
+
+/// All that one worker's thread begins with.
+struct Seating {
+    number: usize,
+    name: String,
+    core: Option<usize>,
+    waker: WakeHandle,
+    members: Vec<Member>,
+    settings: Arc<Settings>,
+    shared: Arc<Shared>,
+}
+
+/// Gives worker k the k-th of each source, in turn.
+fn deal(sources: Vec<Source>, workers: usize) -> Vec<Vec<Member>> {
+    let mut dealt: Vec<Vec<Member>> = (0..workers).map(|_| Vec::new()).collect();
+    for (source, group) in sources.into_iter().enumerate() {
+        for (number, (endpoint, name)) in group.endpoints.into_iter().enumerate() {
+            dealt[number % workers].push(Member {
+                is_device: matches!(endpoint, Endpoint::Queue(_)),
+                endpoint,
+                name,
+                source,
+                number,
+            });
+        }
+    }
+    dealt
+}
+
+/// At most 15 bytes, which is what the kernel keeps: the first queue's device, cut if need be, and its number.
+fn thread_name(worker: usize, members: &[Member]) -> String {
+    const LONGEST: usize = 15;
+    let queue = members.iter().find(|member| member.is_device);
+    let Some((device, number)) = queue.and_then(|member| member.name.rsplit_once(":q")) else {
+        return format!("tun-worker{worker}");
+    };
+    let number = format!(":q{number}");
+    let mut end = device.len().min(LONGEST - number.len());
+    while !device.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{number}", &device[..end]).replace('\0', "")
+}
+
+type Taken<H> = (WorkerInfo, StatsReader, Thread<H>, H);
+
+impl Seating {
+    /// On the worker's own thread: makes the worker, its ports and its handler.
+    fn take<H: Handler>(
+        self,
+        commands: Receiver<Command<H>>,
+        factory: &dyn Fn(&mut Seat<'_>) -> Result<H, FactoryError>,
+    ) -> Result<Taken<H>, OpenError> {
+        let pin = pin(self.core);
+        let mut worker = Worker::with_waker(&self.settings.config, self.waker)?;
+        let (mut ports, mut devices) = (Vec::new(), Vec::new());
+        for member in self.members {
+            let id = worker.attach_as(member.endpoint, member.name)?;
+            if member.is_device {
+                devices.push((id, member.source));
+            }
+            ports.push(SeatPort {
+                id,
+                source: member.source,
+                number: member.number,
+            });
+        }
+        let mut seat = Seat {
+            worker: &mut worker,
+            number: self.number,
+            pin: &pin,
+            ports: &ports,
+            stopper: &Stopper(Arc::clone(&self.shared)),
+        };
+        let handler = match catch_unwind(AssertUnwindSafe(|| factory(&mut seat))) {
+            Ok(Ok(handler)) => handler,
+            Ok(Err(error)) => return Err(factory_error(self.number, &error.to_string())),
+            Err(panic) => {
+                let why = format!("it panicked: {}", message(&*panic));
+                return Err(factory_error(self.number, &why));
+            }
+        };
+        let info = WorkerInfo {
+            name: self.name.clone(),
+            pin,
+            backend: worker.backend().clone(),
+        };
+        let stats = worker.stats_reader();
+        let thread = Thread {
+            number: self.number,
+            name: self.name,
+            worker,
+            devices,
+            commands,
+            batch: Batch::with_capacity(self.settings.batch),
+            shared: self.shared,
+            #[cfg(feature = "metrics")]
+            histograms: self.settings.histograms.then(|| Box::new(Histograms::new())),
+        };
+        Ok((info, stats, thread, handler))
+    }
+}
+
+fn factory_error(worker: usize, why: &str) -> OpenError {
+    let detail = format!("the handler of worker {worker} could not be made: {why}");
+    OpenError::refused(OpenErrorKind::Factory, "Engine::start", detail)
+}
+
+impl Seat<'_> {
+    /// The worker, with its ports attached.
+    pub fn worker(&mut self) -> &mut Worker {
+        self.worker
+    }
+
+    /// Its number, from 0.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// Where it runs.
+    pub fn pin(&self) -> &Pin {
+        self.pin
+    }
+
+    /// Its ports.
+    pub fn ports(&self) -> &[SeatPort] {
+        self.ports
+    }
+
+    /// Its first port of this source (see [`SeatPort::source`]).
+    pub fn port(&self, source: usize) -> Option<PortId> {
+        self.ports.iter().find(|port| port.source == source).map(|port| port.id)
+    }
+
+    /// A handle by which the handler can stop the engine.
+    pub fn stopper(&self) -> Stopper {
+        self.stopper.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(name: &str) -> Member {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        Member {
+            endpoint: socket.into(),
+            name: name.to_owned(),
+            source: 0,
+            number: 0,
+            is_device: true,
+        }
+    }
+
+    #[test]
+    fn a_threads_name_keeps_the_queue() {
+        assert_eq!(thread_name(3, &[]), "tun-worker3");
+        assert_eq!(thread_name(0, &[member("gw0:q1")]), "gw0:q1");
+        assert_eq!(thread_name(0, &[member("abcdefghijklmno:q11")]), "abcdefghijk:q11");
+        assert_eq!(thread_name(0, &[member("ääääääää:q1")]).len(), 15);
+    }
+}

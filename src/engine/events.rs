@@ -1,0 +1,209 @@
+//! What happens to an engine's devices and workers, told to who wants to know.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, TrySendError};
+
+use super::shared::Shared;
+use crate::device::Device;
+use crate::sys::{fd, notices};
+
+/// Something that happened to an engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// A device was set up.
+    Up {
+        /// What it is called.
+        device: String,
+    },
+    /// A device was set down: nothing comes, sending fails with [`PortErrorKind::Down`](crate::PortErrorKind::Down).
+    Down {
+        /// What it is called.
+        device: String,
+    },
+    /// A device's MTU was changed. Packets beyond the workers' buffers are truncated and counted.
+    MtuChanged {
+        /// What it is called.
+        device: String,
+        /// The new MTU in bytes.
+        mtu: u32,
+    },
+    /// A device was deleted, or moved out of reach. Its ports are detached.
+    Gone {
+        /// What it was called.
+        device: String,
+    },
+    /// A worker's handler panicked, or the worker could not go on. Its queues and sockets are closed.
+    WorkerFailed {
+        /// Which one.
+        worker: usize,
+        /// The message of the panic, or the error.
+        why: String,
+    },
+}
+
+/// Events that nobody took are kept up to that many; then the newest are dropped.
+const KEPT: usize = 1024;
+
+/// The events of an engine, in order. Made by [`Engine::events`](crate::Engine::events); clones share the same events.
+#[derive(Clone, Debug)]
+pub struct Events(Receiver<Event>);
+
+impl Events {
+    pub(super) fn channel() -> (EventSender, Self) {
+        let (sender, receiver) = crossbeam_channel::bounded(KEPT);
+        (EventSender(sender), Self(receiver))
+    }
+
+    /// The next event; waits for it. `None` once the engine is gone and all events were taken.
+    pub fn next(&self) -> Option<Event> {
+        self.0.recv().ok()
+    }
+
+    /// The next event, if there is one by now.
+    pub fn try_next(&self) -> Option<Event> {
+        self.0.try_recv().ok()
+    }
+
+    /// The next event; waits for it, but not longer.
+    pub fn next_within(&self, bound: Duration) -> Option<Event> {
+        self.0.recv_timeout(bound).ok()
+    }
+}
+
+impl Iterator for Events {
+    type Item = Event;
+
+    fn next(&mut self) -> Option<Event> {
+        Events::next(self)
+    }
+}
+
+#[derive(Clone, Debug)]
+pub(super) struct EventSender(Sender<Event>);
+
+impl EventSender {
+    pub(super) fn send(&self, event: Event) {
+        match self.0.try_send(event) {
+            // Nobody listens, or nobody has for a long time: the data path does not wait for them.
+            Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
+        }
+    }
+}
+
+/// The thread that watches the devices' settings.
+#[derive(Debug)]
+pub(super) struct Watch {
+    over: Arc<(AtomicBool, OwnedFd)>,
+    thread: Option<JoinHandle<()>>,
+}
+
+/// A device under watch.
+struct Watched {
+    /// Which of the engine's devices it is.
+    number: usize,
+    device: Device,
+    name: String,
+    up: bool,
+    mtu: u32,
+    gone: bool,
+}
+
+impl Watch {
+    /// Watches these devices until it is dropped.
+    pub(super) fn start(devices: Vec<(usize, Device)>, shared: Arc<Shared>) -> io::Result<Self> {
+        let over = Arc::new((AtomicBool::new(false), fd::eventfd()?));
+        let mut watched = Vec::new();
+        let mut listening = Vec::new();
+        for (number, device) in devices {
+            // First the notices, then the state, so that no change falls in between.
+            listening.push(device.in_its_namespace(notices::of_links)??);
+            watched.push(Watched {
+                number,
+                name: device.current_name()?,
+                up: device.is_up()?,
+                mtu: device.mtu()?,
+                gone: false,
+                device,
+            });
+        }
+        let ending = Arc::clone(&over);
+        let thread = thread::Builder::new()
+            .name("tun-events".to_owned())
+            .spawn(move || watch(&ending, &listening, watched, &shared))?;
+        Ok(Self {
+            over,
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.over.0.store(true, Ordering::Release);
+        fd::eventfd_ring(self.over.1.as_fd());
+        if let Some(thread) = self.thread.take() {
+            // It cannot panic, and if it did nothing is lost.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn watch(over: &(AtomicBool, OwnedFd), listening: &[OwnedFd], mut devices: Vec<Watched>, shared: &Shared) {
+    let mut poll_set: Vec<libc::pollfd> = std::iter::once(&over.1)
+        .chain(listening)
+        .map(|fd| libc::pollfd {
+            fd: fd.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        })
+        .collect();
+    while !over.0.load(Ordering::Acquire) {
+        for device in devices.iter_mut().filter(|device| !device.gone) {
+            device.look(shared);
+        }
+        if devices.iter().all(|device| device.gone) {
+            return;
+        }
+        if fd::poll(&mut poll_set, None).is_err() {
+            return;
+        }
+        for socket in listening {
+            notices::discard(socket.as_fd());
+        }
+    }
+}
+
+impl Watched {
+    /// Compares what the kernel says now with what it said before.
+    fn look(&mut self, shared: &Shared) {
+        let (Ok(name), Ok(up), Ok(mtu)) = (self.device.current_name(), self.device.is_up(), self.device.mtu()) else {
+            self.gone = true;
+            shared.device_gone(self.number, &self.name);
+            return;
+        };
+        self.name = name;
+        if mtu != self.mtu {
+            self.mtu = mtu;
+            shared.events.send(Event::MtuChanged {
+                device: self.name.clone(),
+                mtu,
+            });
+        }
+        if up != self.up {
+            self.up = up;
+            let device = self.name.clone();
+            shared.events.send(if up {
+                Event::Up { device }
+            } else {
+                Event::Down { device }
+            });
+        }
+    }
+}

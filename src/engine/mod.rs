@@ -1,0 +1,370 @@
+//! Floor 4: an engine runs workers on threads of their own, one per core, and looks after them.
+//!
+//! Nothing of the engine is on the data path: a worker's thread waits, receives and calls its handler; commands, statistics and events
+//! go past it.
+
+mod builder;
+mod control;
+mod events;
+mod handler;
+#[cfg(feature = "metrics")]
+mod histograms;
+mod placement;
+mod report;
+mod shared;
+mod thread;
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender};
+
+pub use builder::{EngineBuilder, FactoryError, Seat, SeatPort};
+pub use control::{ControlError, Released};
+pub use events::{Event, Events};
+pub use handler::Handler;
+#[cfg(feature = "metrics")]
+pub use histograms::Histograms;
+pub use placement::{Pin, Placement};
+pub use report::{Ended, OnPanic, Stats, StopReport, WorkerEnd, WorkerInfo, WorkerReport};
+
+use crate::stats::StatsReader;
+use crate::worker::{Endpoint, Handoff, PortId, Worker};
+use control::Command;
+use events::Watch;
+use shared::Shared;
+
+/// Workers on threads of their own that serve the queues of any number of devices, and sockets.
+///
+/// Worker k owns queue k of each device: what comes in there is handled on one core from beginning to end. See [`Handler`] for what runs on
+/// a worker, [`EngineBuilder`] for what can be set.
+///
+/// ```no_run
+/// use tun_driver::{Batch, Builder, Engine, Mode, PortId, Worker};
+///
+/// fn main() -> Result<(), Box<dyn std::error::Error>> {
+///     let device = Builder::new("gw0", Mode::Tun).queues(2).address([10, 0, 0, 1], 24).up(true).open()?;
+///     let engine = Engine::builder().device(device).start_fn(|worker: &mut Worker, port: PortId, batch: &mut Batch| {
+///         let _sent = worker.send_many(port, batch); // every packet goes back to where it came from
+///     })?;
+///     println!("{:?}", engine.wait());
+///     println!("{}", engine.stop_within(std::time::Duration::from_secs(1)));
+///     Ok(())
+/// }
+/// ```
+///
+/// # Threads
+/// All methods may be called from any thread, but those that wait for a worker not from a handler of that worker
+/// ([`ControlError::OwnThread`]). None of them takes a lock that a worker needs while it moves packets.
+///
+/// # Which worker sees a flow
+/// The kernel sends a flow's packets to the queue on which the flow was last written to by this device's user (automatic steering, a table of
+/// 4,096 flows that expire after three seconds), and hashes those that it does not know. So if a worker sends the answers of a flow on the
+/// queue on which the flow came in, both directions stay on that worker. What breaks this: answering on another queue (the flow follows
+/// after a few packets), silence of more than three seconds, IP fragments (hashed without ports), and queues that come or go.
+///
+/// # The end
+/// [`stop_within`](Self::stop_within) ends all workers and says how they ended. Dropping the engine does the same, within three seconds, and
+/// says nothing. A queue that is closed or detached loses what the kernel still had in it: what could be read was counted as undelivered.
+pub struct Engine<H> {
+    links: Vec<Link<H>>,
+    infos: Vec<WorkerInfo>,
+    ended: Receiver<(usize, WorkerReport)>,
+    reports: Mutex<Vec<Option<WorkerReport>>>,
+    events: Events,
+    /// `None` if the kernel lets nobody listen; then only the data path tells of devices.
+    watch: Option<Watch>,
+    shared: Arc<Shared>,
+}
+
+/// The engine's end of one worker.
+struct Link<H> {
+    commands: Sender<Command<H>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    id: ThreadId,
+    stats: StatsReader,
+}
+
+/// Stops an engine, from any thread and from its handlers. Clones stop the same engine.
+#[derive(Clone, Debug)]
+pub struct Stopper(Arc<Shared>);
+
+impl Stopper {
+    /// Asks all workers to stop, and ends [`Engine::wait`]. Does not wait for them.
+    pub fn stop(&self) {
+        self.0.stop();
+    }
+}
+
+/// How long dropping an engine waits for its workers.
+const DROP_BOUND: Duration = Duration::from_secs(3);
+
+impl Engine<()> {
+    /// An engine without devices, sockets and settings yet.
+    pub fn builder() -> EngineBuilder {
+        EngineBuilder::new()
+    }
+}
+
+impl<H> Engine<H> {
+    /// The workers, as they were started.
+    pub fn workers(&self) -> &[WorkerInfo] {
+        &self.infos
+    }
+
+    /// The books of all workers. Waits for none of them, so that also a stuck one is seen.
+    pub fn stats(&self) -> Stats {
+        Stats {
+            workers: self.links.iter().map(|link| link.stats.read()).collect(),
+        }
+    }
+
+    /// What happens to the devices and workers. All that ask share one row of events; up to 1,024 are kept for them.
+    pub fn events(&self) -> Events {
+        self.events.clone()
+    }
+
+    /// Whether changes of the devices (up, down, MTU) are told. Not where the sandbox refuses netlink sockets; that a device is gone is told
+    /// all the same.
+    pub fn watches_devices(&self) -> bool {
+        self.watch.is_some()
+    }
+
+    /// A handle that stops the engine.
+    pub fn stopper(&self) -> Stopper {
+        Stopper(Arc::clone(&self.shared))
+    }
+
+    /// Blocks until the engine was asked to stop, a device is gone, or a worker failed, and says which. Each is told once, `Stopped` for ever.
+    pub fn wait(&self) -> Ended {
+        loop {
+            if let Some(ended) = self.shared.wait(None) {
+                return ended;
+            }
+        }
+    }
+
+    /// Waits like [`wait`](Self::wait), but not longer than `bound`.
+    pub fn wait_within(&self, bound: Duration) -> Option<Ended> {
+        self.shared.wait(Some(Instant::now() + bound))
+    }
+
+    /// Stops all workers and waits for them, at most for `bound`.
+    ///
+    /// Each worker finishes what its handler does at the moment, receives nothing more, calls [`Handler::stopping`], lets the kernel
+    /// finish, and closes its queues and sockets. One that does not come back from its handler is reported as stuck and ends when it does;
+    /// calling this again finds out. When all others are reported, this process holds their devices no more.
+    pub fn stop_within(&self, bound: Duration) -> StopReport {
+        let start = Instant::now();
+        self.shared.stop();
+        let mut reports = self.reports();
+        let deadline = start + bound;
+        while reports.iter().any(Option::is_none) {
+            match self
+                .ended
+                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            {
+                Ok((number, report)) => {
+                    if let Some(link) = self.links.get(number) {
+                        link.join();
+                    }
+                    if let Some(place) = reports.get_mut(number) {
+                        *place = Some(report);
+                    }
+                }
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+            }
+        }
+        StopReport {
+            workers: reports
+                .iter()
+                .zip(&self.infos)
+                .map(|(report, info)| {
+                    report.clone().unwrap_or_else(|| WorkerReport {
+                        name: info.name.clone(),
+                        end: WorkerEnd::Stuck,
+                        undelivered: 0,
+                    })
+                })
+                .collect(),
+            stats: self.stats(),
+            took: start.elapsed(),
+        }
+    }
+
+    fn reports(&self) -> MutexGuard<'_, Vec<Option<WorkerReport>>> {
+        // Each report is put there at once or not at all.
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn link(&self, worker: usize) -> Result<&Link<H>, ControlError> {
+        self.links.get(worker).ok_or(ControlError::NoSuchWorker)
+    }
+}
+
+impl<H: Handler + 'static> Engine<H> {
+    /// Runs `work` on a worker's thread, between two rounds, and returns what it returns. Waits for that: for ever if the handler is stuck.
+    ///
+    /// Configuration is changed this way, and needs no lock:
+    ///
+    /// ```no_run
+    /// # use tun_driver::{Batch, ControlError, Engine, Handler, PortId, Worker};
+    /// # struct Nat { mappings: Vec<u16> }
+    /// # impl Handler for Nat { fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {} }
+    /// # fn change(engine: &Engine<Nat>) -> Result<(), ControlError> {
+    /// let mappings = engine.run_on(0, |nat, _worker| {
+    ///     nat.mappings.push(4500);
+    ///     nat.mappings.len()
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// The worker does not exist, has ended, or is the one that calls. If `work` panics, that is the handler's panic.
+    pub fn run_on<R: Send + 'static>(
+        &self,
+        worker: usize,
+        work: impl FnOnce(&mut H, &mut Worker) -> R + Send + 'static,
+    ) -> Result<R, ControlError> {
+        self.ask(worker, work)?.recv().map_err(|_| ControlError::WorkerEnded)
+    }
+
+    /// As [`run_on`](Self::run_on), but waits at most for `bound`.
+    ///
+    /// # Errors
+    /// As [`run_on`](Self::run_on); [`ControlError::TimedOut`], and `work` may still be run later.
+    pub fn run_on_within<R: Send + 'static>(
+        &self,
+        worker: usize,
+        bound: Duration,
+        work: impl FnOnce(&mut H, &mut Worker) -> R + Send + 'static,
+    ) -> Result<R, ControlError> {
+        self.ask(worker, work)?
+            .recv_timeout(bound)
+            .map_err(|error| match error {
+                RecvTimeoutError::Timeout => ControlError::TimedOut,
+                RecvTimeoutError::Disconnected => ControlError::WorkerEnded,
+            })
+    }
+
+    /// Gives a queue or a socket to a worker. The handler is told ([`Handler::attached`]).
+    ///
+    /// # Errors
+    /// As [`run_on`](Self::run_on); [`ControlError::Refused`] as [`Worker::attach`] says, and the endpoint is closed.
+    pub fn attach(&self, worker: usize, endpoint: impl Into<Endpoint>) -> Result<PortId, ControlError> {
+        let endpoint = endpoint.into();
+        self.run_on(worker, move |handler, worker| {
+            let port = worker.attach(endpoint).map_err(ControlError::Refused)?;
+            handler.attached(worker, port);
+            Ok(port)
+        })?
+    }
+
+    /// Takes a queue or a socket away from a worker. The handler is told ([`Handler::detached`]).
+    ///
+    /// # Errors
+    /// As [`run_on`](Self::run_on); [`ControlError::Port`] as [`Worker::detach`] says.
+    pub fn detach(&self, worker: usize, port: PortId) -> Result<Released, ControlError> {
+        self.run_on(worker, move |handler, worker| {
+            let detached = worker.detach(port).map_err(ControlError::Port)?;
+            handler.detached(worker, port);
+            Ok(Released::from(detached))
+        })?
+    }
+
+    /// Opens a way by which one other thread gives packets to a worker, `capacity` at a time. They come to its handler as packets of the port
+    /// that is returned ([`Handler::attached`]), in order; a full way is told to the sender.
+    ///
+    /// # Errors
+    /// As [`run_on`](Self::run_on); [`ControlError::Refused`] as [`Worker::open_handoff`] says.
+    pub fn handoff(&self, worker: usize, capacity: usize) -> Result<(PortId, Handoff), ControlError> {
+        self.run_on(worker, move |handler, worker| {
+            let (port, handoff) = worker.open_handoff(capacity).map_err(ControlError::Refused)?;
+            handler.attached(worker, port);
+            Ok((port, handoff))
+        })?
+    }
+
+    /// The histograms of all workers, merged. Waits at most `bound` for each.
+    ///
+    /// # Errors
+    /// As [`run_on_within`](Self::run_on_within); [`ControlError::NotEnabled`] if the engine was started without them.
+    #[cfg(feature = "metrics")]
+    pub fn histograms(&self, bound: Duration) -> Result<Histograms, ControlError> {
+        let mut merged = Histograms::new();
+        for worker in 0..self.links.len() {
+            merged.merge(&self.worker_histograms(worker, bound)?);
+        }
+        Ok(merged)
+    }
+
+    /// The histograms of one worker, as they stand. Waits at most `bound` for it.
+    ///
+    /// # Errors
+    /// As [`histograms`](Self::histograms).
+    #[cfg(feature = "metrics")]
+    pub fn worker_histograms(&self, worker: usize, bound: Duration) -> Result<Histograms, ControlError> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        self.command(worker, Command::Histograms(reply))?;
+        match answer.recv_timeout(bound) {
+            Ok(histograms) => histograms.map(|histograms| *histograms).ok_or(ControlError::NotEnabled),
+            Err(RecvTimeoutError::Timeout) => Err(ControlError::TimedOut),
+            Err(RecvTimeoutError::Disconnected) => Err(ControlError::WorkerEnded),
+        }
+    }
+
+    /// Sends `work` to a worker; what it returns comes by the channel.
+    fn ask<R: Send + 'static>(
+        &self,
+        worker: usize,
+        work: impl FnOnce(&mut H, &mut Worker) -> R + Send + 'static,
+    ) -> Result<Receiver<R>, ControlError> {
+        let (reply, answer) = crossbeam_channel::bounded(1);
+        let work = move |handler: &mut H, worker: &mut Worker| {
+            // Whoever asked may have given up.
+            let _ = reply.send(work(handler, worker));
+        };
+        self.command(worker, Command::Run(Box::new(work)))?;
+        Ok(answer)
+    }
+
+    fn command(&self, worker: usize, command: Command<H>) -> Result<(), ControlError> {
+        let link = self.link(worker)?;
+        if link.id == std::thread::current().id() {
+            return Err(ControlError::OwnThread);
+        }
+        link.commands.send(command).map_err(|_| ControlError::WorkerEnded)?;
+        if let Some(waker) = self.shared.waker(worker) {
+            waker.wake();
+        }
+        Ok(())
+    }
+}
+
+impl<H> Link<H> {
+    /// Waits for the end of a thread that has said its last word.
+    fn join(&self) {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // It catches its handler's panics.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl<H> Drop for Engine<H> {
+    fn drop(&mut self) {
+        self.stop_within(DROP_BOUND);
+    }
+}
+
+impl<H> fmt::Debug for Engine<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("workers", &self.infos)
+            .finish_non_exhaustive()
+    }
+}

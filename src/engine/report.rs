@@ -1,0 +1,138 @@
+//! What an engine says of itself and of its end.
+
+use std::fmt;
+use std::time::Duration;
+
+use super::placement::Pin;
+use crate::stats::{Counters, WorkerStats};
+use crate::worker::BackendReport;
+
+/// One worker of an engine, as it was started.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct WorkerInfo {
+    /// The name of its thread: its first queue, as in `gw0:q1`, or `worker1`; at most 15 bytes.
+    pub name: String,
+    /// Where it runs.
+    pub pin: Pin,
+    /// How it moves packets, and why so.
+    pub backend: BackendReport,
+}
+
+/// The books of all workers at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// A worker's books each, in their order.
+    pub workers: Vec<WorkerStats>,
+}
+
+impl Stats {
+    /// The sum over all ports of all workers.
+    pub fn total(&self) -> Counters {
+        let mut total = Counters::default();
+        for worker in &self.workers {
+            total += &worker.total();
+        }
+        total
+    }
+}
+
+/// Why [`Engine::wait`](crate::Engine::wait) returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Ended {
+    /// Somebody asked the engine to stop.
+    Stopped,
+    /// A device is gone. Its ports were detached; the others go on.
+    DeviceGone {
+        /// What it was called.
+        device: String,
+    },
+    /// A worker failed. Unless [`OnPanic::Continue`] was chosen, the others stop.
+    WorkerFailed {
+        /// Which one.
+        worker: usize,
+        /// The message of the panic, or the error.
+        why: String,
+    },
+}
+
+/// What to do when a handler panics. Its queues and sockets are closed at once in any case, so that their flows move to other queues.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnPanic {
+    /// Stop the whole engine.
+    #[default]
+    Stop,
+    /// Let the other workers go on.
+    Continue,
+}
+
+/// How one worker ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WorkerEnd {
+    /// All operations ended, all queues and sockets closed.
+    Clean,
+    /// It had ended before: its handler panicked, or the kernel refused to wait.
+    Failed(String),
+    /// It did not come back from its handler in time. Its thread, its queues and its memory are still there, and end when it does.
+    Stuck,
+    /// The kernel did not let go of its memory in time, which is therefore leaked. Its queues and sockets are closed.
+    Leaked,
+}
+
+/// What a worker left.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkerReport {
+    /// Its name.
+    pub name: String,
+    /// How it ended.
+    pub end: WorkerEnd,
+    /// Packets that had come and that no handler saw: they were taken out and dropped at the end, at most 4,096 of each port.
+    pub undelivered: u64,
+}
+
+/// What became of an engine that was stopped.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct StopReport {
+    /// One result per worker.
+    pub workers: Vec<WorkerReport>,
+    /// The books at the end.
+    pub stats: Stats,
+    /// How long it took.
+    pub took: Duration,
+}
+
+impl StopReport {
+    /// Whether all workers ended well.
+    pub fn is_clean(&self) -> bool {
+        self.workers.iter().all(|worker| worker.end == WorkerEnd::Clean)
+    }
+}
+
+impl fmt::Display for StopReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for worker in &self.workers {
+            let end = match &worker.end {
+                WorkerEnd::Clean => "clean",
+                WorkerEnd::Failed(why) => why,
+                WorkerEnd::Stuck => "stuck in its handler",
+                WorkerEnd::Leaked => "ended, but the kernel kept its memory",
+            };
+            writeln!(f, "{}: {end}, {} undelivered", worker.name, worker.undelivered)?;
+        }
+        let total = self.stats.total();
+        write!(
+            f,
+            "{} received, {} sent, {} refused; stopped in {:.1} ms",
+            total.received_packets,
+            total.sent_packets,
+            total.refused_packets,
+            self.took.as_secs_f64() * 1e3
+        )
+    }
+}

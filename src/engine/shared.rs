@@ -1,0 +1,131 @@
+//! What the threads of an engine share. Nothing here is on the data path.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::events::{Event, EventSender};
+use super::report::{Ended, OnPanic};
+use crate::worker::Waker;
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) events: EventSender,
+    pub(super) on_panic: OnPanic,
+    wakers: Vec<Waker>,
+    /// The engine closes its devices: that they go is no news.
+    ending: AtomicBool,
+    /// Per device: it is known to be gone.
+    gone: Vec<AtomicBool>,
+    causes: Mutex<Causes>,
+    news: Condvar,
+}
+
+/// What ends a wait.
+#[derive(Debug, Default)]
+struct Causes {
+    untold: VecDeque<Ended>,
+    stopped: bool,
+}
+
+impl Shared {
+    pub(super) fn new(events: EventSender, on_panic: OnPanic, wakers: Vec<Waker>, devices: usize) -> Self {
+        Self {
+            events,
+            on_panic,
+            wakers,
+            ending: AtomicBool::new(false),
+            gone: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            causes: Mutex::default(),
+            news: Condvar::new(),
+        }
+    }
+
+    pub(super) fn waker(&self, worker: usize) -> Option<&Waker> {
+        self.wakers.get(worker)
+    }
+
+    /// Asks all workers to stop.
+    pub(super) fn stop(&self) {
+        self.ending.store(true, Ordering::Release);
+        self.wakers.iter().for_each(Waker::stop);
+        self.causes().stopped = true;
+        self.news.notify_all();
+    }
+
+    /// A device is gone: told once, whoever finds out first.
+    pub(super) fn device_gone(&self, number: usize, name: &str) {
+        if self.ending.load(Ordering::Acquire) {
+            return;
+        }
+        if self
+            .gone
+            .get(number)
+            .is_some_and(|gone| gone.swap(true, Ordering::AcqRel))
+        {
+            return;
+        }
+        self.events.send(Event::Gone {
+            device: name.to_owned(),
+        });
+        self.tell(Ended::DeviceGone {
+            device: name.to_owned(),
+        });
+    }
+
+    /// A worker is about to close its queues and sockets because it cannot go on.
+    pub(super) fn worker_failing(&self) {
+        if self.on_panic == OnPanic::Stop {
+            self.ending.store(true, Ordering::Release);
+        }
+    }
+
+    /// A worker could not go on; its queues and sockets are closed.
+    pub(super) fn worker_failed(&self, worker: usize, why: &str) {
+        self.events.send(Event::WorkerFailed {
+            worker,
+            why: why.to_owned(),
+        });
+        self.tell(Ended::WorkerFailed {
+            worker,
+            why: why.to_owned(),
+        });
+        if self.on_panic == OnPanic::Stop {
+            self.stop();
+        }
+    }
+
+    /// Waits for the next cause, at most until `deadline`.
+    pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<Ended> {
+        let mut causes = self.causes();
+        loop {
+            if let Some(cause) = causes.untold.pop_front() {
+                return Some(cause);
+            }
+            if causes.stopped {
+                return Some(Ended::Stopped);
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            causes = match left {
+                Some(Duration::ZERO) => return None,
+                Some(left) => self
+                    .news
+                    .wait_timeout(causes, left)
+                    .map(|(causes, _)| causes)
+                    .unwrap_or_else(|poisoned| poisoned.into_inner().0),
+                None => self.news.wait(causes).unwrap_or_else(PoisonError::into_inner),
+            };
+        }
+    }
+
+    fn tell(&self, cause: Ended) {
+        self.causes().untold.push_back(cause);
+        self.news.notify_all();
+    }
+
+    fn causes(&self) -> MutexGuard<'_, Causes> {
+        // Nothing that is done under the lock leaves it half done.
+        self.causes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

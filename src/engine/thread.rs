@@ -1,0 +1,184 @@
+//! The thread of one worker: its round, and its end.
+
+use std::any::Any;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crossbeam_channel::Receiver;
+
+use super::control::Command;
+use super::handler::Handler;
+use super::report::{WorkerEnd, WorkerReport};
+use super::shared::Shared;
+use crate::buf::Batch;
+use crate::worker::{Detached, PortId, Worker};
+
+#[cfg(feature = "metrics")]
+use super::histograms::Histograms;
+
+/// A worker with all that its thread needs besides the handler.
+pub(super) struct Thread<H> {
+    pub(super) number: usize,
+    pub(super) name: String,
+    pub(super) worker: Worker,
+    /// The ports that stand on the engine's devices, with the device's number.
+    pub(super) devices: Vec<(PortId, usize)>,
+    pub(super) commands: Receiver<Command<H>>,
+    pub(super) batch: Batch,
+    pub(super) shared: Arc<Shared>,
+    #[cfg(feature = "metrics")]
+    pub(super) histograms: Option<Box<Histograms>>,
+}
+
+/// Packets that are taken out of a port at the end, so that they can be counted.
+const MOST_UNDELIVERED: u64 = 4096;
+
+impl<H: Handler> Thread<H> {
+    /// Serves until the engine stops or the handler panics, and closes everything.
+    pub(super) fn run(mut self, mut handler: H) -> WorkerReport {
+        let served = catch_unwind(AssertUnwindSafe(|| {
+            self.serve(&mut handler)?;
+            handler.stopping(&mut self.worker);
+            self.batch.clear();
+            io::Result::Ok(())
+        }));
+        let failure = match served {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(format!("the kernel refuses to wait: {error}")),
+            Err(panic) => Some(format!("the handler panicked: {}", message(&*panic))),
+        };
+        if failure.is_some() {
+            self.shared.worker_failing();
+        }
+        // Before anybody is told: the queues, so that their flows go elsewhere.
+        let undelivered = self.take_rest();
+        let closed = self.worker.close();
+        if let Some(why) = &failure {
+            self.shared.worker_failed(self.number, why);
+        }
+        // Its destructor may fail as well, and what it holds outlives the worker without harm.
+        let dropped = catch_unwind(AssertUnwindSafe(|| drop(handler)));
+        let failure = failure.or_else(|| {
+            let why = format!("the handler's destructor panicked: {}", message(&*dropped.err()?));
+            self.shared.worker_failed(self.number, &why);
+            Some(why)
+        });
+        let end = match (closed, failure) {
+            (false, _) => WorkerEnd::Leaked,
+            (true, Some(why)) => WorkerEnd::Failed(why),
+            (true, None) => WorkerEnd::Clean,
+        };
+        WorkerReport {
+            name: self.name,
+            end,
+            undelivered,
+        }
+    }
+
+    fn serve(&mut self, handler: &mut H) -> io::Result<()> {
+        loop {
+            let wake = self.worker.wait(handler.deadline())?;
+            if wake.stopped {
+                return Ok(());
+            }
+            if wake.woken {
+                self.obey(handler);
+            }
+            while let Some(port) = self.worker.next_ready() {
+                match self.worker.try_recv_many(port, &mut self.batch) {
+                    Ok(0) => {}
+                    Ok(_) => self.hand_over(handler, port),
+                    Err(error) if error.is_permanent() => self.forget(handler, port),
+                    Err(error) => handler.trouble(&mut self.worker, port, &error),
+                }
+            }
+            if wake.timer {
+                handler.timer(&mut self.worker);
+            }
+            handler.flush(&mut self.worker);
+        }
+    }
+
+    #[cfg(not(feature = "metrics"))]
+    fn hand_over(&mut self, handler: &mut H, port: PortId) {
+        handler.packets(&mut self.worker, port, &mut self.batch);
+        self.batch.clear();
+    }
+
+    #[cfg(feature = "metrics")]
+    fn hand_over(&mut self, handler: &mut H, port: PortId) {
+        let Some(histograms) = &mut self.histograms else {
+            handler.packets(&mut self.worker, port, &mut self.batch);
+            self.batch.clear();
+            return;
+        };
+        let packets = self.batch.len();
+        let start = std::time::Instant::now();
+        handler.packets(&mut self.worker, port, &mut self.batch);
+        self.batch.clear();
+        histograms.record(packets, start - self.worker.now(), start.elapsed());
+    }
+
+    /// Carries out the commands that are there by now; those that come meanwhile wake the worker again.
+    fn obey(&mut self, handler: &mut H) {
+        for _ in 0..self.commands.len() {
+            match self.commands.try_recv() {
+                Ok(Command::Run(work)) => work(handler, &mut self.worker),
+                #[cfg(feature = "metrics")]
+                Ok(Command::Histograms(reply)) => {
+                    // Whoever asked may have given up.
+                    let _ = reply.send(self.histograms.clone());
+                }
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// A port's device or sender is gone.
+    fn forget(&mut self, handler: &mut H, port: PortId) {
+        let device = self.worker.queue(port).map(|queue| queue.name().to_owned());
+        // If it cannot be detached, it stays and is silent: the end was told.
+        if self.worker.detach(port).is_ok() {
+            handler.detached(&mut self.worker, port);
+        }
+        let number = self
+            .devices
+            .iter()
+            .find(|(id, _)| *id == port)
+            .map(|&(_, number)| number);
+        if let Some(device) = device {
+            self.shared.device_gone(number.unwrap_or(usize::MAX), &device);
+        }
+    }
+
+    /// Takes out what nobody has seen, and counts it.
+    fn take_rest(&mut self) -> u64 {
+        let mut undelivered = self.batch.len() as u64;
+        drop(self.batch.drain());
+        let ports: Vec<PortId> = self.worker.ports().collect();
+        for port in ports {
+            let mut taken = 0;
+            while taken < MOST_UNDELIVERED
+                && let Ok(packets @ 1..) = self.worker.try_recv_many(port, &mut self.batch)
+            {
+                taken += packets as u64;
+                drop(self.batch.drain());
+            }
+            undelivered += taken;
+            if let Ok(Detached { undelivered: rest, .. }) = self.worker.detach(port) {
+                undelivered += rest.len() as u64;
+            }
+        }
+        undelivered
+    }
+}
+
+/// What a panic said.
+pub(super) fn message(panic: &(dyn Any + Send)) -> String {
+    match (panic.downcast_ref::<&str>(), panic.downcast_ref::<String>()) {
+        (Some(text), _) => (*text).to_owned(),
+        (_, Some(text)) => text.clone(),
+        _ => "without a message".to_owned(),
+    }
+}

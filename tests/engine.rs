@@ -1,0 +1,998 @@
+//! The engine on real devices: placement, packets, control, events, panics, the end.
+
+mod common;
+
+use std::net::UdpSocket;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::{Trial, need_tun, trial};
+use tun_driver::lab::packet::Framing;
+use tun_driver::lab::{Filler, Tracker, process, sysctl};
+use tun_driver::netlink::Handle;
+use tun_driver::{
+    Backend, Batch, Builder, ControlError, Device, Ended, Endpoint, Engine, Event, Handler, Mode, MultiQueue, OnPanic,
+    OpenErrorKind, Pin, Placement, PortErrorKind, PortId, Wait, Worker, WorkerConfig, WorkerEnd, leaked_arenas,
+};
+
+fn main() {
+    type Check = (&'static str, fn(Backend));
+    let each: [Check; 14] = [
+        (
+            "every packet reaches a handler once, in order, queue by queue",
+            delivers,
+        ),
+        ("answers go back where they came from", echoes),
+        ("commands run between rounds, on the worker's thread", commands),
+        ("statistics are read while a handler is stuck", stuck_is_seen),
+        (
+            "a stuck worker is reported, and found clean once it came back",
+            stuck_is_reported,
+        ),
+        ("a stop under load is clean, and leaves nothing", stops_under_load),
+        (
+            "a panic stops the engine, and its queues are closed at once",
+            panic_stops,
+        ),
+        (
+            "a panic on one worker lets the others go on, with its flows",
+            panic_continues,
+        ),
+        (
+            "a panic in a command, a destructor and at the end are told",
+            other_panics,
+        ),
+        ("a device that is deleted is told once, the rest goes on", device_gone),
+        ("queues move from one worker to another", moves_queues),
+        ("packets from outside and between workers", handoffs),
+        ("timers and flush", timers),
+        ("sockets: worker k serves the k-th", sockets),
+    ];
+    let mut trials: Vec<Trial> = Vec::new();
+    for (name, work) in each {
+        for backend in [Backend::IoUring, Backend::Syscalls] {
+            let trial = trial(format!("{name} {backend:?}"), move || {
+                need_tun();
+                work(backend);
+            });
+            trials.push(if name.contains("leaves nothing") {
+                trial.alone()
+            } else {
+                trial
+            });
+        }
+    }
+    let single: [(&str, fn()); 9] = [
+        ("workers are pinned, and say so", placement),
+        ("four queues on two workers", shares_workers),
+        ("a factory that fails or panics leaves nothing", factory_fails),
+        ("impossible settings are refused", bad_settings),
+        ("up, down, MTU, rename and gone are told", events),
+        ("an engine in another namespace tells events too", events_elsewhere),
+        ("a stop from a handler, from another thread, and by dropping", stops),
+        ("histograms count every batch", histograms),
+        ("a handler may hold what is not Send", not_send),
+    ];
+    for (name, work) in single {
+        trials.push(trial(name, move || {
+            need_tun();
+            work();
+        }));
+    }
+    trials.push(trial("an idle engine sleeps", idle).alone());
+    common::run(trials);
+}
+
+const HERE: &str = "10.6.0.1";
+/// Behind the device: what is sent there comes to the handlers.
+const THERE: &str = "10.6.0.2";
+const FAR: &str = "10.7.0.2";
+
+fn config(backend: Backend) -> WorkerConfig {
+    WorkerConfig {
+        backend: Some(backend),
+        ..WorkerConfig::default()
+    }
+}
+
+fn quiet() {
+    let _ = sysctl("net/ipv6/conf/default/disable_ipv6", 1);
+}
+
+fn device(name: &str, queues: usize, here: &str) -> MultiQueue {
+    quiet();
+    Builder::new(name, Mode::Tun)
+        .queues(queues)
+        .address(here.parse::<std::net::Ipv4Addr>().unwrap(), 24)
+        .up(true)
+        .open()
+        .unwrap()
+}
+
+fn index(device: &MultiQueue) -> u32 {
+    device.index().unwrap()
+}
+
+/// Sends `count` packets of each of `flows` flows, and not more at once than a queue takes.
+fn offer(index: u32, flows: usize, count: u64) -> Filler {
+    let mut filler = Filler::new(index, THERE.parse().unwrap(), flows).unwrap();
+    let mut left = count * flows as u64;
+    while left > 0 {
+        let part = left.min(100);
+        filler.fill(part, 100).unwrap();
+        left -= part;
+        thread::sleep(Duration::from_millis(1));
+    }
+    filler
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20);
+    while !done() {
+        assert!(Instant::now() < end, "never: {what}");
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Counts what it sees in a tracker of its own.
+struct Counting {
+    tracker: Tracker,
+}
+
+impl Counting {
+    fn new() -> Self {
+        Self {
+            tracker: Tracker::new(64),
+        }
+    }
+}
+
+impl Handler for Counting {
+    fn packets(&mut self, _: &mut Worker, _: PortId, batch: &mut Batch) {
+        assert!(!batch.is_empty());
+        for packet in batch.drain() {
+            self.tracker.record(Framing::NONE.check(&packet));
+        }
+    }
+}
+
+fn received(engine: &Engine<Counting>) -> u64 {
+    engine.stats().total().received_packets
+}
+
+fn delivers(backend: Backend) {
+    let device = device("e0", 2, HERE);
+    let number = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let filler = offer(number, 16, 200);
+    eventually("all packets", || received(&engine) >= 3200);
+    let mut seen = 0;
+    for worker in 0..2 {
+        let summary = engine.run_on(worker, |handler, _| handler.tracker.summary()).unwrap();
+        summary.assert_orderly();
+        assert_eq!(summary.lost, 0, "a flow keeps its queue: {summary}");
+        seen += summary.received;
+    }
+    assert_eq!(seen, filler_total(&filler));
+    let stats = engine.stats();
+    assert_eq!(stats.workers.len(), 2);
+    assert!(
+        stats.workers.iter().all(|worker| worker.total().received_packets > 0),
+        "both queues had flows: {stats:?}"
+    );
+    assert_eq!(stats.workers[1].ports[0].name, "e0:q1");
+    let report = engine.stop_within(Duration::from_secs(5));
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(report.stats.total().received_packets, filler_total(&filler));
+    assert!(report.workers.iter().all(|worker| worker.undelivered == 0), "{report}");
+}
+
+fn filler_total(filler: &Filler) -> u64 {
+    let mut tracker = Tracker::new(64);
+    filler.tell(&mut tracker);
+    tracker.summary().lost
+}
+
+fn echoes(backend: Backend) {
+    let engine = Engine::builder()
+        .device(device("e0", 2, HERE))
+        .config(config(backend))
+        .start_fn(|worker: &mut Worker, port: PortId, batch: &mut Batch| {
+            batch.retain_mut(|packet| {
+                if packet[0] != 0x45 {
+                    return false;
+                }
+                let (source, target) = packet[12..20].split_at_mut(4);
+                source.swap_with_slice(target);
+                let (source, target) = packet[20..24].split_at_mut(2);
+                source.swap_with_slice(target);
+                true
+            });
+            let sent = worker.send_many(port, batch);
+            assert_eq!(sent.refusal, None);
+        })
+        .unwrap();
+    let client = UdpSocket::bind((HERE, 0)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client.connect((THERE, 7)).unwrap();
+    for number in 0..200u32 {
+        client.send(&number.to_be_bytes()).unwrap();
+        let mut answer = [0; 4];
+        client.recv(&mut answer).unwrap();
+        assert_eq!(answer, number.to_be_bytes());
+    }
+    // It is counted after it was sent.
+    eventually("all are counted", || engine.stats().total().sent_packets == 200);
+}
+
+fn commands(backend: Backend) {
+    let device = device("e0", 2, HERE);
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let names: Vec<Option<String>> = (0..2)
+        .map(|worker| {
+            engine
+                .run_on(worker, |_, worker| {
+                    assert_eq!(worker.ports().count(), 1);
+                    thread::current().name().map(str::to_owned)
+                })
+                .unwrap()
+        })
+        .collect();
+    assert_eq!(names, [Some("e0:q0".to_owned()), Some("e0:q1".to_owned())]);
+    assert!(matches!(engine.run_on(2, |_, _| ()), Err(ControlError::NoSuchWorker)));
+    // Many at once, from several threads, in the order of each.
+    let engine = Arc::new(engine);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                for number in 0..200 {
+                    assert_eq!(engine.run_on(number % 2, move |_, _| number).unwrap(), number);
+                }
+            });
+        }
+    });
+    let own = engine.run_on(0, {
+        let engine = Arc::clone(&engine);
+        move |_, _| matches!(engine.run_on(0, |_, _| ()), Err(ControlError::OwnThread))
+    });
+    assert!(own.unwrap());
+    assert!(engine.stop_within(Duration::from_secs(5)).is_clean());
+    assert!(matches!(engine.run_on(0, |_, _| ()), Err(ControlError::WorkerEnded)));
+}
+
+/// A handler that stays in its first batch until it is let go.
+fn stuck(
+    backend: Backend,
+) -> (
+    Engine<impl Handler + 'static>,
+    u32,
+    mpsc::Sender<()>,
+    mpsc::Receiver<()>,
+) {
+    let device = device("e0", 1, HERE);
+    let number = index(&device);
+    let (let_go, wait) = mpsc::channel::<()>();
+    let (entered, entering) = mpsc::channel();
+    let wait = std::sync::Mutex::new(Some(wait));
+    let engine = Engine::builder()
+        .device(device)
+        .config(config(backend))
+        .start(move |_| {
+            let (wait, entered) = (wait.lock().unwrap().take().unwrap(), entered.clone());
+            Ok(move |_: &mut Worker, _: PortId, _: &mut Batch| {
+                let _ = entered.send(());
+                let _ = wait.recv();
+            })
+        })
+        .unwrap();
+    (engine, number, let_go, entering)
+}
+
+fn stuck_is_seen(backend: Backend) {
+    let (engine, number, let_go, entering) = stuck(backend);
+    offer(number, 1, 1);
+    entering.recv().unwrap();
+    let stats = engine.stats();
+    assert_eq!(stats.total().received_packets, 1);
+    let refused = engine.run_on_within(0, Duration::from_millis(20), |_, _| ());
+    assert!(matches!(refused, Err(ControlError::TimedOut)));
+    assert!(matches!(
+        engine.histograms(Duration::from_millis(20)),
+        Err(ControlError::TimedOut)
+    ));
+    drop(let_go);
+    // What was asked meanwhile is still done.
+    engine.run_on(0, |_, _| ()).unwrap();
+}
+
+fn stuck_is_reported(backend: Backend) {
+    let (engine, number, let_go, entering) = stuck(backend);
+    offer(number, 1, 1);
+    entering.recv().unwrap();
+    let report = engine.stop_within(Duration::from_millis(50));
+    assert_eq!(report.workers[0].end, WorkerEnd::Stuck);
+    assert!(!report.is_clean() && report.to_string().contains("stuck"));
+    let_go.send(()).unwrap();
+    let report = engine.stop_within(Duration::from_secs(10));
+    assert!(report.is_clean(), "{report}");
+    assert!(
+        Handle::new().unwrap().index_of("e0").is_err(),
+        "the device is gone with its queue"
+    );
+}
+
+fn stops_under_load(backend: Backend) {
+    const ROUNDS: usize = 10;
+    let descriptors = process::open_descriptors().unwrap();
+    for round in 0..ROUNDS {
+        let device = device("e0", 2, HERE);
+        let number = index(&device);
+        let engine = Engine::builder()
+            .device(device)
+            .workers(2)
+            .config(config(backend))
+            .start(|_| Ok(Counting::new()))
+            .unwrap();
+        let netns = tun_driver::lab::Namespace::current().unwrap();
+        let over = AtomicU64::new(0);
+        let report = thread::scope(|scope| {
+            scope.spawn(|| {
+                netns
+                    .run(|| {
+                        let Ok(mut filler) = Filler::new(number, THERE.parse().unwrap(), 16) else {
+                            return;
+                        };
+                        while over.load(Ordering::Relaxed) == 0 && filler.fill(64, 100).is_ok() {}
+                    })
+                    .unwrap();
+            });
+            eventually("load", || received(&engine) > 500 + 100 * round as u64);
+            let report = engine.stop_within(Duration::from_secs(10));
+            over.store(1, Ordering::Relaxed);
+            report
+        });
+        assert!(report.is_clean(), "{report}");
+        assert!(
+            Handle::new().unwrap().index_of("e0").is_err(),
+            "somebody holds the device"
+        );
+    }
+    eventually("no descriptor is left", || {
+        process::open_descriptors().unwrap() <= descriptors
+    });
+    assert_eq!(leaked_arenas(), 0);
+    eventually("no thread is left", || {
+        process::threads().unwrap().iter().all(|name| !name.starts_with("e0:"))
+    });
+}
+
+/// Panics at the first packet, on this worker only.
+struct Fragile {
+    fragile: bool,
+    counting: Counting,
+}
+
+impl Handler for Fragile {
+    fn packets(&mut self, worker: &mut Worker, port: PortId, batch: &mut Batch) {
+        assert!(!self.fragile, "as the test wants it");
+        self.counting.packets(worker, port, batch);
+    }
+}
+
+fn fragile(backend: Backend, on_panic: OnPanic) -> (Engine<Fragile>, u32, Device) {
+    let device = device("e0", 2, HERE);
+    let (number, settings) = (index(&device), device.device().unwrap().clone());
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .on_panic(on_panic)
+        .start(|seat| {
+            Ok(Fragile {
+                fragile: seat.number() == 1,
+                counting: Counting::new(),
+            })
+        })
+        .unwrap();
+    (engine, number, settings)
+}
+
+fn panic_stops(backend: Backend) {
+    let (engine, _, _) = fragile(backend, OnPanic::Stop);
+    let socket = UdpSocket::bind((HERE, 0)).unwrap();
+    // One flow after the other, until one comes to the fragile worker; then there is no way any more.
+    for port in 1..100 {
+        let _ = socket.send_to(b"x", (THERE, port));
+    }
+    let Ended::WorkerFailed { worker: 1, why } = engine.wait() else {
+        panic!("the panic is what ends the wait")
+    };
+    assert!(why.contains("as the test wants it"), "{why}");
+    assert_eq!(engine.wait(), Ended::Stopped);
+    let report = engine.stop_within(Duration::from_secs(10));
+    assert_eq!(report.workers[0].end, WorkerEnd::Clean);
+    assert!(
+        matches!(&report.workers[1].end, WorkerEnd::Failed(why) if why.contains("panicked")),
+        "{report}"
+    );
+    assert!(Handle::new().unwrap().index_of("e0").is_err());
+    assert!(
+        engine
+            .events()
+            .any(|event| matches!(event, Event::WorkerFailed { worker: 1, .. }))
+    );
+}
+
+fn panic_continues(backend: Backend) {
+    let (engine, number, _settings) = fragile(backend, OnPanic::Continue);
+    let first = offer(number, 16, 1);
+    assert!(matches!(engine.wait(), Ended::WorkerFailed { worker: 1, .. }));
+    // All flows come to the other one now; none is lost.
+    let before = engine
+        .run_on(0, |handler, _| handler.counting.tracker.received())
+        .unwrap();
+    assert!(before < filler_total(&first), "worker 1 had flows");
+    let second = offer(number, 16, 50);
+    let total = filler_total(&second);
+    eventually("all flows on one worker", || {
+        engine
+            .run_on(0, |handler, _| handler.counting.tracker.received())
+            .unwrap()
+            >= before + total
+            || engine.stats().workers[0].total().received_packets >= before + total
+    });
+    assert!(matches!(engine.run_on(1, |_, _| ()), Err(ControlError::WorkerEnded)));
+    assert_eq!(engine.wait_within(Duration::from_millis(10)), None, "it goes on");
+    let report = engine.stop_within(Duration::from_secs(10));
+    assert_eq!(report.workers[0].end, WorkerEnd::Clean);
+    assert!(matches!(report.workers[1].end, WorkerEnd::Failed(_)));
+}
+
+fn other_panics(backend: Backend) {
+    struct BadEnd(&'static str);
+    impl Handler for BadEnd {
+        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {}
+        fn stopping(&mut self, _: &mut Worker) {
+            assert!(self.0 != "stopping", "in stopping");
+        }
+    }
+    impl Drop for BadEnd {
+        fn drop(&mut self) {
+            assert!(self.0 != "drop", "in the destructor");
+        }
+    }
+    for (name, expected) in [
+        ("stopping", "in stopping"),
+        ("drop", "in the destructor"),
+        ("command", "in a command"),
+    ] {
+        let engine = Engine::builder()
+            .device(device("e0", 1, HERE))
+            .config(config(backend))
+            .start(move |_| Ok(BadEnd(name)))
+            .unwrap();
+        if name == "command" {
+            let answer = engine.run_on(0, |_, _| panic!("in a command"));
+            assert!(matches!(answer, Err(ControlError::WorkerEnded)));
+        }
+        let report = engine.stop_within(Duration::from_secs(10));
+        let WorkerEnd::Failed(why) = &report.workers[0].end else {
+            panic!("{report}")
+        };
+        assert!(why.contains(expected), "{why}");
+        assert!(Handle::new().unwrap().index_of("e0").is_err());
+    }
+}
+
+fn device_gone(backend: Backend) {
+    let (left, right) = (device("e0", 2, HERE), device("e1", 2, "10.7.0.1"));
+    let (gone, stays) = (index(&left), index(&right));
+    let engine = Engine::builder()
+        .device(left)
+        .device(right)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    Handle::new().unwrap().delete(gone).unwrap();
+    let ended = engine.wait();
+    assert_eq!(
+        ended,
+        Ended::DeviceGone {
+            device: "e0".to_owned()
+        }
+    );
+    eventually("the ports of the gone device are detached", || {
+        engine.stats().workers.iter().all(|worker| worker.ports.len() == 1)
+    });
+    assert_eq!(
+        engine.wait_within(Duration::from_millis(20)),
+        None,
+        "told once, though two workers found out"
+    );
+    let mut filler = Filler::new(stays, FAR.parse().unwrap(), 4).unwrap();
+    filler.fill(40, 100).unwrap();
+    eventually("the other device goes on", || received(&engine) >= 40);
+    // The kernel sets it down first; whether that is seen is a matter of chance.
+    let mut gone: Vec<Event> = std::iter::from_fn(|| engine.events().try_next()).collect();
+    gone.retain(|event| !matches!(event, Event::Down { .. }));
+    assert_eq!(
+        gone,
+        [Event::Gone {
+            device: "e0".to_owned()
+        }]
+    );
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+fn moves_queues(backend: Backend) {
+    let device = device("e0", 2, HERE);
+    let number = index(&device);
+    let settings = device.device().unwrap().clone();
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let port = engine.run_on(1, |_, worker| worker.ports().next().unwrap()).unwrap();
+    assert!(matches!(engine.detach(0, port), Err(ControlError::Port(error)) if error.kind() == PortErrorKind::Gone));
+    let released = engine.detach(1, port).unwrap();
+    assert!(matches!(released.endpoint, Endpoint::Queue(_)));
+    assert_eq!(released.counters.received_packets, released.undelivered.len() as u64);
+    assert_eq!(engine.stats().workers[1].ports.len(), 0);
+    let moved = engine.attach(0, released.endpoint).unwrap();
+    assert_ne!(moved, port);
+    engine.attach(0, settings.add_queue().unwrap()).unwrap();
+    let filler = offer(number, 16, 50);
+    eventually("all on one worker", || {
+        engine.stats().workers[0].total().received_packets >= filler_total(&filler)
+    });
+    let ports = engine.stats().workers[0].ports.clone();
+    assert_eq!(ports.len(), 3);
+    assert!(ports.iter().all(|port| port.counters.received_packets > 0), "{ports:?}");
+    let summary = engine.run_on(0, |handler, _| handler.tracker.summary()).unwrap();
+    summary.assert_all();
+}
+
+/// Worker 0 gives all that comes to worker 1.
+struct Passing {
+    next: Option<tun_driver::Handoff>,
+    attached: Vec<PortId>,
+    tracker: Tracker,
+}
+
+impl Handler for Passing {
+    fn packets(&mut self, _: &mut Worker, _: PortId, batch: &mut Batch) {
+        match &mut self.next {
+            Some(next) => {
+                while !batch.is_empty() {
+                    let sent = next.send_many(batch);
+                    assert!(
+                        sent.stopped
+                            .is_none_or(|error| error.kind() == PortErrorKind::Backpressure)
+                    );
+                }
+            }
+            None => batch
+                .drain()
+                .for_each(|packet| self.tracker.record(Framing::NONE.check(&packet))),
+        }
+    }
+
+    fn attached(&mut self, _: &mut Worker, port: PortId) {
+        self.attached.push(port);
+    }
+
+    fn detached(&mut self, _: &mut Worker, port: PortId) {
+        self.attached.retain(|&attached| attached != port);
+    }
+}
+
+fn handoffs(backend: Backend) {
+    let device = device("e0", 1, HERE);
+    let number = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| {
+            Ok(Passing {
+                next: None,
+                attached: Vec::new(),
+                tracker: Tracker::new(8),
+            })
+        })
+        .unwrap();
+    let (port, handoff) = engine.handoff(1, 64).unwrap();
+    assert_eq!(engine.run_on(1, |handler, _| handler.attached.clone()).unwrap(), [port]);
+    engine.run_on(0, |handler, _| handler.next = Some(handoff)).unwrap();
+    let filler = offer(number, 8, 100);
+    eventually("all have come over", || {
+        engine.stats().workers[1].total().received_packets >= 800
+    });
+    let mut tracker = engine
+        .run_on(1, |handler, _| std::mem::take(&mut handler.tracker))
+        .unwrap();
+    filler.tell(&mut tracker);
+    tracker.summary().assert_all();
+    assert_eq!(engine.stats().workers[1].ports[0].counters.received_packets, 800);
+    // The sender's end is the port's end.
+    engine.run_on(0, |handler, _| handler.next = None).unwrap();
+    eventually("the port is gone", || engine.stats().workers[1].ports.is_empty());
+    assert!(engine.run_on(1, |handler, _| handler.attached.is_empty()).unwrap());
+    assert_eq!(
+        engine.wait_within(Duration::from_millis(5)),
+        None,
+        "that is no device's end"
+    );
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+fn timers(backend: Backend) {
+    #[derive(Default)]
+    struct Ticking {
+        next: Option<Instant>,
+        ticks: u32,
+        flushes: u32,
+        stopped: Option<mpsc::Sender<(u32, u32)>>,
+    }
+    impl Handler for Ticking {
+        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {}
+        fn flush(&mut self, _: &mut Worker) {
+            self.flushes += 1;
+        }
+        fn deadline(&mut self) -> Option<Instant> {
+            self.next
+        }
+        fn timer(&mut self, worker: &mut Worker) {
+            assert!(worker.now() >= self.next.unwrap());
+            self.ticks += 1;
+            self.next = (self.ticks < 10).then(|| Instant::now() + Duration::from_millis(1));
+        }
+        fn stopping(&mut self, worker: &mut Worker) {
+            assert_eq!(worker.ports().count(), 1, "what is left to send can be sent");
+            let _ = self.stopped.take().unwrap().send((self.ticks, self.flushes));
+        }
+    }
+    let (stopped, ended) = mpsc::channel();
+    let engine = Engine::builder()
+        .device(device("e0", 1, HERE))
+        .config(config(backend))
+        .start(move |_| {
+            Ok(Ticking {
+                next: Some(Instant::now()),
+                stopped: Some(stopped.clone()),
+                ..Ticking::default()
+            })
+        })
+        .unwrap();
+    eventually("ten ticks", || {
+        engine.run_on(0, |handler, _| handler.ticks).unwrap() == 10
+    });
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+    let (ticks, flushes) = ended.recv().unwrap();
+    assert!(ticks == 10 && flushes >= 10, "{ticks} {flushes}");
+}
+
+fn sockets(backend: Backend) {
+    let bound: Vec<UdpSocket> = (0..3).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+    let addresses: Vec<_> = bound.iter().map(|socket| socket.local_addr().unwrap()).collect();
+    let engine = Engine::builder()
+        .sockets(bound)
+        .workers(2)
+        .config(config(backend))
+        .start_fn(|worker: &mut Worker, port: PortId, batch: &mut Batch| {
+            assert_eq!(worker.send_many(port, batch).refusal, None);
+        })
+        .unwrap();
+    let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    for address in &addresses {
+        client.send_to(b"hello", address).unwrap();
+        let mut answer = [0; 16];
+        let (length, from) = client.recv_from(&mut answer).unwrap();
+        assert_eq!((&answer[..length], from), (&b"hello"[..], *address));
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.workers[0].ports.len(), stats.workers[1].ports.len()), (2, 1));
+    assert_eq!(stats.workers[1].ports[0].name, format!("udp {}", addresses[1]));
+    eventually("it is counted", || {
+        engine.stats().workers[0].ports[1].counters.sent_packets == 1
+    });
+}
+
+fn placement() {
+    let cores: Vec<usize> = core_affinity::get_core_ids()
+        .unwrap()
+        .iter()
+        .map(|core| core.id)
+        .collect();
+    let last = *cores.last().unwrap();
+    let pins = |placement: Placement, workers: usize| -> Vec<Pin> {
+        let engine = Engine::builder().workers(workers).placement(placement).start(|seat| {
+            let allowed: Vec<usize> = core_affinity::get_core_ids()
+                .unwrap()
+                .iter()
+                .map(|core| core.id)
+                .collect();
+            match seat.pin() {
+                Pin::Core(core) => assert_eq!(allowed, [*core]),
+                Pin::Unpinned => assert!(!allowed.is_empty()),
+                other => panic!("{other:?}"),
+            }
+            Ok(Counting::new())
+        });
+        engine
+            .unwrap()
+            .workers()
+            .iter()
+            .map(|worker| worker.pin.clone())
+            .collect()
+    };
+    let in_turn: Vec<Pin> = (0..3).map(|worker| Pin::Core(cores[worker % cores.len()])).collect();
+    assert_eq!(pins(Placement::OnePerCore, 3), in_turn);
+    assert_eq!(
+        pins(Placement::Cores(vec![last]), 2),
+        [Pin::Core(last), Pin::Core(last)]
+    );
+    assert_eq!(pins(Placement::Unpinned, 1), [Pin::Unpinned]);
+    // A thread that may use one core only starts workers there only.
+    let confined = thread::spawn(move || {
+        assert!(core_affinity::set_for_current(core_affinity::CoreId { id: last }));
+        let engine = Engine::builder().workers(2).start(|_| Ok(Counting::new())).unwrap();
+        engine
+            .workers()
+            .iter()
+            .map(|worker| worker.pin.clone())
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(confined.join().unwrap(), [Pin::Core(last), Pin::Core(last)]);
+}
+
+fn shares_workers() {
+    let device = device("e0", 4, HERE);
+    let number = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .start(|seat| {
+            let members: Vec<usize> = seat.ports().iter().map(|port| port.number).collect();
+            assert_eq!(members, [seat.number(), seat.number() + 2]);
+            assert_eq!(seat.port(0), Some(seat.ports()[0].id));
+            assert_eq!((seat.port(1), seat.worker().ports().count()), (None, 2));
+            Ok(Counting::new())
+        })
+        .unwrap();
+    let filler = offer(number, 32, 20);
+    eventually("all packets", || received(&engine) >= filler_total(&filler));
+    for worker in engine.stats().workers {
+        assert!(
+            worker.ports.iter().all(|port| port.counters.received_packets > 0),
+            "{worker:?}"
+        );
+    }
+}
+
+fn factory_fails() {
+    for panics in [false, true] {
+        let started = Arc::new(AtomicU64::new(0));
+        let error = Engine::builder()
+            .device(device("ff", 2, HERE))
+            .workers(2)
+            .start({
+                let started = Arc::clone(&started);
+                move |seat| {
+                    started.fetch_add(1, Ordering::Relaxed);
+                    if seat.number() == 1 {
+                        assert!(!panics, "no key");
+                        return Err("no key".into());
+                    }
+                    Ok(Counting::new())
+                }
+            })
+            .unwrap_err();
+        assert_eq!(error.kind(), OpenErrorKind::Factory);
+        assert!(
+            error.to_string().contains("no key") && error.to_string().contains("worker 1"),
+            "{error}"
+        );
+        assert_eq!(started.load(Ordering::Relaxed), 2);
+        assert!(Handle::new().unwrap().index_of("ff").is_err(), "all queues are closed");
+        // A thread that was joined is in the list for a moment longer.
+        eventually("no thread is left", || {
+            process::threads().unwrap().iter().all(|name| !name.starts_with("ff:"))
+        });
+    }
+}
+
+fn bad_settings() {
+    let refused = |builder: tun_driver::EngineBuilder| {
+        let error = builder.start(|_| Ok(Counting::new())).unwrap_err();
+        assert_eq!(error.kind(), OpenErrorKind::InvalidSetting, "{error}");
+    };
+    refused(Engine::builder().workers(0));
+    refused(Engine::builder().workers(100_000));
+    refused(Engine::builder().batch(0));
+    refused(Engine::builder().placement(Placement::Cores(vec![])));
+    refused(Engine::builder().placement(Placement::Cores(vec![5_000])));
+    refused(Engine::builder().config(WorkerConfig {
+        buffers: 1,
+        ..WorkerConfig::default()
+    }));
+    // A device whose packets do not fit is refused with its name.
+    let big = device("e0", 1, HERE);
+    big.set_mtu(9000).unwrap();
+    drop(big);
+    let big = Builder::new("e1", Mode::Tun).mtu(9000).open().unwrap();
+    let error = Engine::builder()
+        .device(big)
+        .start(|_| Ok(Counting::new()))
+        .unwrap_err();
+    assert!(error.to_string().contains("e1"), "{error}");
+}
+
+fn watch(engine: &Engine<Counting>, settings: &Device, netlink: &Handle) {
+    let events = engine.events();
+    let next = || events.next_within(Duration::from_secs(10)).expect("an event");
+    let name = |name: &str| name.to_owned();
+    settings.set_mtu(1300).unwrap();
+    assert_eq!(
+        next(),
+        Event::MtuChanged {
+            device: name("e0"),
+            mtu: 1300
+        }
+    );
+    settings.set_up(false).unwrap();
+    assert_eq!(next(), Event::Down { device: name("e0") });
+    netlink.rename(settings.index(), "e9").unwrap();
+    settings.set_up(true).unwrap();
+    assert_eq!(next(), Event::Up { device: name("e9") });
+    netlink.delete(settings.index()).unwrap();
+    // The kernel sets it down first; whether that is seen is a matter of chance.
+    let gone = std::iter::from_fn(|| Some(next())).find(|event| !matches!(event, Event::Down { .. }));
+    assert!(matches!(gone, Some(Event::Gone { .. })));
+    assert_eq!(events.next_within(Duration::from_millis(20)), None);
+}
+
+fn events() {
+    let device = device("e0", 1, HERE);
+    let settings = device.device().unwrap().clone();
+    let engine = Engine::builder().device(device).start(|_| Ok(Counting::new())).unwrap();
+    assert!(engine.watches_devices());
+    watch(&engine, &settings, &Handle::new().unwrap());
+    let events = engine.events();
+    drop(engine);
+    assert_eq!(events.next(), None, "the engine is gone, and the row ends");
+}
+
+fn events_elsewhere() {
+    let elsewhere = tun_driver::lab::Namespace::new().unwrap();
+    let device = elsewhere.run(|| device("e0", 1, HERE)).unwrap();
+    let settings = device.device().unwrap().clone();
+    let engine = Engine::builder().device(device).start(|_| Ok(Counting::new())).unwrap();
+    let netlink = elsewhere.run(|| Handle::new().unwrap()).unwrap();
+    // Opened there and started here: the way back is not known, and this is said.
+    if engine.watches_devices() {
+        watch(&engine, &settings, &netlink);
+    } else {
+        netlink.delete(settings.index()).unwrap();
+        assert!(matches!(engine.wait(), Ended::DeviceGone { .. }));
+    }
+}
+
+fn stops() {
+    // From a handler.
+    let device = device("e0", 1, HERE);
+    let engine = Engine::builder()
+        .device(device)
+        .start(|seat| {
+            let stopper = seat.stopper();
+            Ok(move |_: &mut Worker, _: PortId, _: &mut Batch| stopper.stop())
+        })
+        .unwrap();
+    UdpSocket::bind((HERE, 0))
+        .unwrap()
+        .send_to(b"stop", (THERE, 9))
+        .unwrap();
+    assert_eq!(engine.wait(), Ended::Stopped);
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+    // From another thread, while one waits.
+    let engine = Engine::builder().workers(2).start(|_| Ok(Counting::new())).unwrap();
+    let stopper = engine.stopper();
+    let other = thread::spawn(move || stopper.stop());
+    assert_eq!(engine.wait(), Ended::Stopped);
+    other.join().unwrap();
+    // By dropping.
+    let device = self::device("e0", 2, HERE);
+    drop(Engine::builder().device(device).start(|_| Ok(Counting::new())).unwrap());
+    assert!(Handle::new().unwrap().index_of("e0").is_err());
+}
+
+fn histograms() {
+    let device = device("e0", 2, HERE);
+    let number = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .histograms(true)
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let filler = offer(number, 16, 50);
+    eventually("all packets", || received(&engine) >= filler_total(&filler));
+    let bound = Duration::from_secs(10);
+    let merged = engine.histograms(bound).unwrap();
+    let batches = engine.stats().total().batches;
+    assert_eq!(merged.batch_packets.len(), batches);
+    assert_eq!(
+        (merged.handler_ns.len(), merged.wake_to_handler_ns.len()),
+        (batches, batches)
+    );
+    let packets: u64 = merged
+        .batch_packets
+        .iter_recorded()
+        .map(|step| step.value_iterated_to() * step.count_since_last_iteration())
+        .sum();
+    assert_eq!(packets, received(&engine), "batches of at most 64 are kept exactly");
+    let own: u64 = (0..2)
+        .map(|worker| engine.worker_histograms(worker, bound).unwrap().batch_packets.len())
+        .sum();
+    assert_eq!(own, batches);
+    let without = Engine::builder().workers(1).start(|_| Ok(Counting::new())).unwrap();
+    assert!(matches!(without.histograms(bound), Err(ControlError::NotEnabled)));
+}
+
+fn not_send() {
+    struct Local(std::rc::Rc<std::cell::Cell<u32>>);
+    impl Handler for Local {
+        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {
+            self.0.set(self.0.get() + 1);
+        }
+    }
+    let device = device("e0", 1, HERE);
+    let number = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .start(|_| Ok(Local(Default::default())))
+        .unwrap();
+    offer(number, 1, 1);
+    eventually("it was called", || {
+        engine.run_on(0, |handler, _| handler.0.get()).unwrap() == 1
+    });
+}
+
+fn idle() {
+    let engine = Engine::builder()
+        .device(device("e0", 4, HERE))
+        .workers(4)
+        .config(WorkerConfig {
+            wait: Wait::default(),
+            ..WorkerConfig::default()
+        })
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    thread::sleep(Duration::from_millis(100));
+    let sleeps = |stats: tun_driver::Stats| -> Vec<u64> {
+        let each = stats.workers.iter();
+        each.map(|worker| worker.counters.sleeps + worker.counters.lingers + worker.counters.wake_ups)
+            .collect()
+    };
+    let (before, cpu) = (sleeps(engine.stats()), process::process_cpu_time());
+    thread::sleep(Duration::from_millis(500));
+    assert_eq!(sleeps(engine.stats()), before, "somebody was woken");
+    let used = process::process_cpu_time() - cpu;
+    assert!(used < Duration::from_millis(50), "{used:?} in half a second of nothing");
+}
