@@ -143,6 +143,17 @@ impl Framing {
     ///
     /// The UDP checksum is not looked at: with offloads the kernel leaves it unfinished. The stamp's own covers the payload.
     pub fn check(&self, bytes: &[u8]) -> Result<Stamp, Fault> {
+        check_payload(self.payload(bytes, true)?)
+    }
+
+    /// The same without the two checksums: about the price of reading the headers, whatever the length. A change of the payload, of the
+    /// addresses or of the stamp itself passes, and UDP of others passes for a packet of ours if bytes 6 and 7 of its payload happen to say
+    /// its length.
+    pub fn check_unverified(&self, bytes: &[u8]) -> Result<Stamp, Fault> {
+        read_stamp(self.payload(bytes, false)?)
+    }
+
+    fn payload<'a>(&self, bytes: &'a [u8], verify: bool) -> Result<&'a [u8], Fault> {
         let packet = bytes.get(self.len()..).ok_or(Fault::Length)?;
         let ethertype = match packet.first().ok_or(Fault::Length)? >> 4 {
             4 => ETHERTYPE_IPV4,
@@ -156,13 +167,13 @@ impl Framing {
             return Err(Fault::Foreign);
         }
         let datagram = match ethertype {
-            ETHERTYPE_IPV4 => check_ipv4(packet)?,
+            ETHERTYPE_IPV4 => check_ipv4(packet, verify)?,
             _ => check_ipv6(packet)?,
         };
         if datagram.len() < UDP_LEN || u16_at(datagram, 4..6) as usize != datagram.len() {
             return Err(Fault::Length);
         }
-        check_payload(&datagram[UDP_LEN..])
+        Ok(&datagram[UDP_LEN..])
     }
 
     fn ethernet_at(&self) -> usize {
@@ -317,6 +328,14 @@ pub fn check_payload(payload: &[u8]) -> Result<Stamp, Fault> {
             Fault::Length
         });
     }
+    read_stamp(payload)
+}
+
+/// What a UDP payload says of itself, with no more than its length verified; see [`Framing::check_unverified`].
+pub fn read_stamp(payload: &[u8]) -> Result<Stamp, Fault> {
+    if payload.len() < STAMP_LEN {
+        return Err(Fault::Length);
+    }
     let stamp = Stamp {
         flow: u16_at(payload, field::FLOW),
         sequence: u32_at(payload, field::SEQUENCE),
@@ -330,7 +349,7 @@ pub fn check_payload(payload: &[u8]) -> Result<Stamp, Fault> {
     }
 }
 
-fn check_ipv4(packet: &[u8]) -> Result<&[u8], Fault> {
+fn check_ipv4(packet: &[u8], verify: bool) -> Result<&[u8], Fault> {
     if packet.len() < IPV4_LEN {
         return Err(Fault::Length);
     }
@@ -343,7 +362,7 @@ fn check_ipv4(packet: &[u8]) -> Result<&[u8], Fault> {
     if u16_at(packet, 2..4) as usize != packet.len() {
         return Err(Fault::Length);
     }
-    if fold(sum(&packet[..IPV4_LEN])) != 0xffff {
+    if verify && fold(sum(&packet[..IPV4_LEN])) != 0xffff {
         return Err(Fault::HeaderChecksum);
     }
     Ok(&packet[IPV4_LEN..])
@@ -363,17 +382,24 @@ fn check_ipv6(packet: &[u8]) -> Result<&[u8], Fault> {
 }
 
 /// Each step maps states one to one for a given word, and words one to one for a given state: two inputs of one length that differ in one
-/// word have different digests.
+/// word have different digests. Words go to four states in turn, which a processor advances side by side, and which are folded by the same step.
 fn digest(bytes: &[u8]) -> u32 {
     let step = |state: u32, word: u32| (state ^ word).wrapping_mul(0x9e37_79b1).rotate_left(13);
-    let mut words = bytes.chunks_exact(4);
-    let mut state = 0x811c_9dc5 ^ bytes.len() as u32;
-    for word in &mut words {
-        state = step(state, u32_at(word, 0..4));
+    let seed = 0x811c_9dc5 ^ bytes.len() as u32;
+    let mut states = [seed, !seed, seed.rotate_left(8), !seed.rotate_left(8)];
+    let mut blocks = bytes.chunks_exact(16);
+    for block in &mut blocks {
+        for (state, word) in states.iter_mut().zip(block.chunks_exact(4)) {
+            *state = step(*state, u32_at(word, 0..4));
+        }
     }
-    let mut last = [0; 4];
-    last[..words.remainder().len()].copy_from_slice(words.remainder());
-    step(state, u32::from_be_bytes(last))
+    let mut state = states.into_iter().fold(seed, step);
+    for word in blocks.remainder().chunks(4) {
+        let mut last = [0; 4];
+        last[..word.len()].copy_from_slice(word);
+        state = step(state, u32::from_be_bytes(last));
+    }
+    state
 }
 
 /// The internet checksum's sum (RFC 1071), not folded.
@@ -479,6 +505,8 @@ mod tests {
             };
             prop_assert_eq!(udp.checksum, checksum);
             prop_assert_eq!(check_payload(payload), Ok(stamp));
+            prop_assert_eq!(read_stamp(payload), Ok(stamp));
+            prop_assert_eq!(spec.framing.check_unverified(&buffer[..total]), Ok(stamp));
         }
 
         #[test]
@@ -496,6 +524,8 @@ mod tests {
             let total = spec.build(&mut buffer, length, sequence, now);
             prop_assert_eq!(spec.framing.check(&buffer[..at.index(total)]), Err(Fault::Length));
             prop_assert_eq!(spec.framing.check(&buffer), Err(Fault::Length));
+            prop_assert_eq!(spec.framing.check_unverified(&buffer[..at.index(total)]), Err(Fault::Length));
+            prop_assert_eq!(spec.framing.check_unverified(&buffer), Err(Fault::Length));
             // The same of payloads that a socket cut.
             let payload = if spec.source.is_ipv4() { IPV4_LEN } else { IPV6_LEN } + UDP_LEN + spec.framing.len();
             prop_assert_eq!(check_payload(&buffer[payload..payload + at.index(total - payload)]), Err(Fault::Length));
@@ -506,6 +536,7 @@ mod tests {
             // Must not panic; that random bytes carry a right stamp is not to be expected.
             prop_assert!(framing.check(&bytes).is_err());
             prop_assert!(check_payload(&bytes).is_err());
+            let _ = (framing.check_unverified(&bytes), read_stamp(&bytes));
         }
     }
 
@@ -530,6 +561,7 @@ mod tests {
         let mut swapped = buffer;
         swapped[44..52].rotate_left(4);
         assert_eq!(Framing::NONE.check(&swapped), Err(Fault::Corrupted));
+        assert!(Framing::NONE.check_unverified(&swapped).is_ok());
     }
 
     #[test]

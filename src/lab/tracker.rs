@@ -84,6 +84,21 @@ impl Tracker {
         self.flow(flow).sent = Some(count);
     }
 
+    /// Takes over the books of another tracker of the same flows, such as another thread's.
+    ///
+    /// As if one tracker had seen all packets, also where both saw packets of one flow: what one lacks and the other has is not missing, and
+    /// what both have is a duplicate. Only [`Summary::late`] is not exact then: in which order the two saw theirs is not known, so it counts
+    /// what was late where it came. Where both were told how many were sent, the greater number holds.
+    pub fn merge(&mut self, other: &Self) {
+        self.foreign += other.foreign;
+        for (&name, count) in &other.faults {
+            *self.faults.entry(name).or_default() += count;
+        }
+        for (index, flow) in other.flows.iter().enumerate() {
+            self.flow(index as u16).merge(flow);
+        }
+    }
+
     /// Whole packets so far, duplicates not counted.
     pub fn received(&self) -> u64 {
         self.flows.iter().map(|flow| flow.received).sum()
@@ -188,6 +203,35 @@ impl Flow {
         }
     }
 
+    fn merge(&mut self, other: &Self) {
+        let next = self.next.max(other.next);
+        // Behind its highest number, a flow lacks all.
+        let gaps = |flow: &Self| {
+            let end = (flow.next < next).then_some(flow.next..next);
+            flow.missing.iter().cloned().chain(end).collect::<Vec<_>>()
+        };
+        let (mine, others) = (gaps(self), gaps(other));
+        self.missing.clear();
+        let (mut one, mut two) = (0, 0);
+        while let (Some(a), Some(b)) = (mine.get(one), others.get(two)) {
+            let both = a.start.max(b.start)..a.end.min(b.end);
+            if !both.is_empty() {
+                self.missing.push(both);
+            }
+            if a.end <= b.end {
+                one += 1;
+            } else {
+                two += 1;
+            }
+        }
+        self.next = next;
+        let came = self.received + other.received;
+        self.received = self.received_from(0);
+        self.duplicates += other.duplicates + (came - self.received);
+        self.late += other.late;
+        self.sent = self.sent.max(other.sent);
+    }
+
     /// How many numbers from `from` on have come.
     fn received_from(&self, from: u32) -> u64 {
         let missing: u64 = self
@@ -246,6 +290,45 @@ mod tests {
                 expected.flows += usize::from(!seen[index].is_empty());
             }
             prop_assert_eq!(tracker.summary(), expected);
+        }
+
+        /// Against one tracker that saw the packets of both.
+        #[test]
+        fn merged_books_are_those_of_one_tracker(
+            packets in prop::collection::vec((0u16..3, 0u32..40, any::<bool>()), 0..200),
+            sent in prop::collection::vec(prop::option::of(0u32..50), 3),
+        ) {
+            let mut whole = Tracker::new(3);
+            let mut parts = [Tracker::new(1), Tracker::new(3)];
+            for &(flow, sequence, second) in &packets {
+                whole.record(stamp(flow, sequence));
+                parts[usize::from(second)].record(stamp(flow, sequence));
+            }
+            for part in &mut parts {
+                part.record(Err(Fault::Foreign));
+                part.record(Err(Fault::Corrupted));
+                whole.record(Err(Fault::Foreign));
+                whole.record(Err(Fault::Corrupted));
+            }
+            for (flow, &sent) in sent.iter().enumerate() {
+                if let Some(sent) = sent {
+                    whole.sent(flow as u16, sent);
+                    parts[flow % 2].sent(flow as u16, sent);
+                }
+            }
+            let [mut merged, other] = parts;
+            merged.merge(&other);
+            let mut summary = merged.summary();
+            summary.late = whole.summary().late;
+            prop_assert_eq!(&summary, &whole.summary());
+            // The books can be gone on with: what is missing is known number by number.
+            for sequence in 0..50 {
+                whole.record(stamp(0, sequence));
+                merged.record(stamp(0, sequence));
+            }
+            let mut summary = merged.summary();
+            summary.late = whole.summary().late;
+            prop_assert_eq!(summary, whole.summary());
         }
     }
 
