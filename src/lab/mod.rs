@@ -18,9 +18,11 @@
 //! ```
 
 pub mod cases;
+pub mod generator;
 pub mod measure;
 pub mod packet;
 pub mod process;
+pub mod receiver;
 pub mod ways;
 
 mod sandbox;

@@ -31,6 +31,15 @@ pub(crate) fn clock_ticks() -> u64 {
     u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).unwrap_or(100)
 }
 
+/// How much later than asked the calling thread may be woken from a sleep, in ns (PR_SET_TIMERSLACK; 50 µs unless set). Returns what it was.
+pub(crate) fn set_timer_slack(ns: libc::c_ulong) -> io::Result<libc::c_ulong> {
+    // SAFETY: no memory is passed.
+    let before = unsafe { syscall!(prctl(libc::PR_GET_TIMERSLACK)) }?;
+    // SAFETY: as above.
+    unsafe { syscall!(prctl(libc::PR_SET_TIMERSLACK, ns)) }?;
+    Ok(before as libc::c_ulong)
+}
+
 fn clock(id: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is writable for the call. It cannot fail: each of these clocks exists on every kernel we know.
@@ -68,6 +77,35 @@ pub(crate) fn socket_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
         ))
     }?;
     Ok(values[SK_MEMINFO_DROPS])
+}
+
+/// The arrays of sendmmsg(2) for datagrams that lie one behind the other.
+pub(crate) struct Row {
+    datagrams: Datagrams,
+}
+
+// SAFETY: the addresses inside `datagrams` are used during `send` only, which sets those that it uses anew.
+unsafe impl Send for Row {}
+
+impl Row {
+    pub(crate) fn new(capacity: usize) -> Self {
+        Self {
+            datagrams: Datagrams::new(capacity),
+        }
+    }
+
+    /// Sends the whole datagrams of `size` bytes in `bytes`, at most the capacity, by a connected socket; never blocks. Returns how many were
+    /// taken; the error is the first one's.
+    pub(crate) fn send(&mut self, fd: BorrowedFd<'_>, bytes: &[u8], size: usize) -> io::Result<usize> {
+        let mut count = 0;
+        for datagram in bytes.chunks_exact(size).take(self.datagrams.capacity()) {
+            // The kernel only reads it.
+            self.datagrams.set(count, NonNull::from(datagram).cast(), size, None);
+            count += 1;
+        }
+        // SAFETY: the entries 0..count point into `bytes`, which is borrowed for the call.
+        unsafe { self.datagrams.send(fd.as_raw_fd(), 0, count) }
+    }
 }
 
 /// A batch of datagrams with memory of its own, allocated once.

@@ -125,6 +125,33 @@ impl Datagrams {
     }
 }
 
+/// Makes the kernel cut what a UDP socket is given into datagrams of `size` bytes (UDP_SEGMENT, udp(7); 0: no more). Kernel 4.18 and later.
+#[cfg(feature = "lab")]
+pub(crate) fn set_udp_segment(fd: RawFd, size: u16) -> io::Result<()> {
+    const SOL_UDP: libc::c_int = 17; // linux/socket.h; IPPROTO_UDP
+    const UDP_SEGMENT: libc::c_int = 103; // linux/udp.h
+    set_int(fd, SOL_UDP, UDP_SEGMENT, size.into())
+}
+
+/// Keeps the kernel from fragmenting what a socket sends: too long a datagram is refused with EMSGSIZE.
+#[cfg(feature = "lab")]
+pub(crate) fn set_do_not_fragment(fd: RawFd, ipv4: bool) -> io::Result<()> {
+    if ipv4 {
+        set_int(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
+    } else {
+        const IPV6_DONTFRAG: libc::c_int = 62; // linux/in6.h
+        set_int(fd, libc::IPPROTO_IPV6, IPV6_DONTFRAG, 1)?;
+        set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
+    }
+}
+
+#[cfg(feature = "lab")]
+fn set_int(fd: RawFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
+    let size = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: these options read one int, which outlives the call.
+    unsafe { syscall!(setsockopt(fd, level, option, (&raw const value).cast(), size)) }.map(drop)
+}
+
 fn encode(peer: SocketAddr, name: &mut libc::sockaddr_storage) -> libc::socklen_t {
     match peer {
         SocketAddr::V4(peer) => {
