@@ -575,6 +575,12 @@ fn udp_receiver() {
         stop.store(true, Ordering::Relaxed);
         assert_eq!(running.join().unwrap(), 0);
     });
+    send(&receiver, 100);
+    assert_eq!(
+        receiver.run(Until::default(), &stop).unwrap(),
+        100,
+        "what is there is not left behind"
+    );
 
     // What the socket has no room for is told.
     let mut receiver = bind();

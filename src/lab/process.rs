@@ -6,7 +6,7 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
-use crate::sys::lab;
+use crate::sys::{cpu, lab};
 
 /// Memory of this process in bytes, from `/proc/self/status`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -197,6 +197,15 @@ pub fn threads() -> io::Result<Vec<String>> {
 /// How many io_uring worker threads the process has: work that the kernel could not do inline.
 pub fn io_workers() -> io::Result<usize> {
     Ok(threads()?.iter().filter(|name| name.starts_with("iou-wrk")).count())
+}
+
+/// Keeps the calling thread on one CPU.
+///
+/// # Errors
+///
+/// EINVAL where there is no such CPU, or the process may not use it.
+pub fn pin_thread(cpu: usize) -> io::Result<()> {
+    cpu::pin_thread(cpu)
 }
 
 /// CPU time of the calling thread, user and system (CLOCK_THREAD_CPUTIME_ID).

@@ -87,6 +87,9 @@ const PAYLOAD_MAX: usize = 65_507;
 /// What the socket may hold, in bytes of kernel memory.
 const RECEIVE_BUFFER: i32 = 64 << 20;
 
+/// How many batches are taken after a stop, where they do not end: more than the socket's buffer holds.
+const LAST_BATCHES: usize = 4_096;
+
 /// The longest wait without a look at the stop flag.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -212,8 +215,8 @@ impl UdpReceiver {
         self.socket.local_addr()
     }
 
-    /// Receives until one of the conditions holds or `stop` is set, which is looked at every 10 ms and after each batch. Returns how many
-    /// datagrams came. Sleeps in poll(2) while there is nothing; the time of each batch is taken once, when recvmmsg(2) has returned.
+    /// Receives until one of the conditions holds or `stop` is set, which is looked at every 10 ms and after each batch; what is in the socket
+    /// by then is taken, too. Returns how many datagrams came. Sleeps in poll(2) while there is nothing; the time of each batch is taken once, when recvmmsg(2) has returned.
     pub fn run(&mut self, until: Until, stop: &AtomicBool) -> io::Result<u64> {
         let start = monotonic_ns();
         let mut last = None;
@@ -238,6 +241,14 @@ impl UdpReceiver {
                     revents: 0,
                 }];
                 fd::poll(&mut wait, Some(LOOK.min(until.quiet.unwrap_or(LOOK))))?;
+            }
+        }
+        if stop.load(Ordering::Relaxed) {
+            for _ in 0..LAST_BATCHES {
+                match self.take()? {
+                    0 => break,
+                    count => total += count as u64,
+                }
             }
         }
         Ok(total)

@@ -1,12 +1,16 @@
 //! The tool `tun-driver`: what this host can do, and how fast it does it.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 77 skipped because the host lacks something.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit that the caller set was missed, 77 skipped because the host lacks something.
 
 mod bench;
 mod doctor;
+mod generate;
+mod receive;
 mod report;
 
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -27,12 +31,24 @@ enum Verb {
     Bench(bench::Options),
     /// Tells what this host can do, a line each, with the remedy for what is missing.
     Doctor(doctor::Options),
+    /// Sends stamped test packets on a fixed schedule, from the network namespace in which it is started.
+    ///
+    /// A packet carries the time when it was due, so that `receive` counts what a late one waited. Ends early, with its report, on Ctrl-C.
+    Generate(generate::Options),
+    /// Receives what `generate` sends, in the network namespace in which it is started: loss, order, duplicates, damage, latency.
+    ///
+    /// Both have to run on one machine: latencies are by its monotonic clock. Ends with its report on Ctrl-C.
+    Receive(receive::Options),
 }
 
 /// How a verb ended, if not well.
 enum Failure {
     /// The run failed.
     Failed(String),
+    /// The options contradict each other or the kernel.
+    Usage(String),
+    /// It ran, and a limit that the caller set was missed.
+    Missed(String),
     /// The host lacks something.
     Lacking(String),
 }
@@ -47,6 +63,8 @@ fn main() -> ExitCode {
     let outcome = match Arguments::parse().verb {
         Verb::Bench(options) => bench::run(&options),
         Verb::Doctor(options) => doctor::run(&options),
+        Verb::Generate(options) => generate::run(&options),
+        Verb::Receive(options) => receive::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -54,9 +72,34 @@ fn main() -> ExitCode {
             eprintln!("tun-driver: {why}");
             ExitCode::FAILURE
         }
+        Err(Failure::Usage(why)) => {
+            eprintln!("tun-driver: {why}");
+            ExitCode::from(2)
+        }
+        Err(Failure::Missed(what)) => {
+            eprintln!("tun-driver: missed: {what}");
+            ExitCode::from(3)
+        }
         Err(Failure::Lacking(what)) => {
             eprintln!("tun-driver: skipped: {what}\n`tun-driver doctor` tells what this host can do.");
             ExitCode::from(77)
         }
     }
+}
+
+/// A flag that Ctrl-C sets, or SIGTERM or SIGHUP. Once per process.
+fn until_interrupted() -> Result<&'static AtomicBool, Failure> {
+    static STOP: AtomicBool = AtomicBool::new(false);
+    ctrlc::set_handler(|| STOP.store(true, Ordering::Relaxed))
+        .map_err(|error| Failure::Failed(format!("no handler for Ctrl-C: {error}")))?;
+    Ok(&STOP)
+}
+
+/// A time on the command line, in seconds, such as 0.5; less than a year.
+fn seconds(text: &str) -> Result<Duration, String> {
+    text.parse()
+        .ok()
+        .filter(|&seconds| seconds > 0.0 && seconds < 31_536_000.0)
+        .map(Duration::from_secs_f64)
+        .ok_or_else(|| "seconds, such as 10 or 0.5".to_owned())
 }
