@@ -5,10 +5,13 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use common::{need_tun, trial};
+use tun_driver::lab::generator::{Config, Generator, Limit, Way};
 use tun_driver::lab::packet::Spec;
+use tun_driver::lab::receiver::Receiver;
 use tun_driver::{Backend, Batch, Builder, Mode, Worker, WorkerConfig};
 
 /// Counts what the calling thread asks for.
@@ -48,7 +51,46 @@ fn main() {
             steady_state(backend);
         })
     });
-    common::run(trials.collect())
+    let counting = trial(
+        "the counting receiver allocates nothing, nor does the generator per packet",
+        counting,
+    );
+    common::run(trials.chain([counting]).collect())
+}
+
+fn counting() {
+    let mut receiver = Receiver::new(3);
+    let mut buffer = [0; 100];
+    let before = ALLOCATIONS.with(Cell::get);
+    for sequence in 0..100_000 {
+        // In order, each latency another one.
+        let spec =
+            Spec::new("10.7.0.2:4000".parse().unwrap(), "10.7.0.1:9".parse().unwrap()).flow((sequence % 3) as u16);
+        spec.build(&mut buffer, 100, sequence / 3, 0);
+        receiver.packet(&buffer, u64::from(sequence) * 40_000);
+    }
+    assert_eq!(ALLOCATIONS.with(Cell::get) - before, 0);
+    receiver.summary().assert_all();
+
+    let here = UdpSocket::bind("127.0.0.1:0").unwrap();
+    for way in [Way::Single, Way::Batch, Way::Gso] {
+        let allocations = [100, 1_000].map(|packets| {
+            let mut generator = Generator::new(&Config {
+                rate: Some(500_000),
+                limit: Limit::Packets(packets),
+                way: Some(way),
+                ..Config::new(here.local_addr().unwrap())
+            })
+            .unwrap();
+            let before = ALLOCATIONS.with(Cell::get);
+            generator.run(&AtomicBool::new(false)).unwrap();
+            ALLOCATIONS.with(Cell::get) - before
+        });
+        assert_eq!(
+            allocations[0], allocations[1],
+            "as many for ten times as many packets, {way:?}"
+        );
+    }
 }
 
 fn steady_state(backend: Backend) {

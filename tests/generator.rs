@@ -192,6 +192,12 @@ fn arrives(way: Option<Way>, rate: u64, packets: u64, flows: usize) {
             generated.cpu > Duration::ZERO && generated.rate() <= rate as f64,
             "{generated}"
         );
+        // It cannot have ended before the last one was due: none goes before its time.
+        let schedule = generated.schedule.unwrap();
+        assert!(
+            generated.wall.as_nanos() >= u128::from(schedule.due(packets - 1) - schedule.start_ns),
+            "{generated}"
+        );
         let calls = match way.unwrap_or(Way::Gso) {
             Way::Single => packets,
             Way::Batch | Way::Gso => packets.div_ceil(generated.group as u64),
