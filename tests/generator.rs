@@ -34,6 +34,7 @@ fn main() {
         trial("the ceiling is told", ceiling),
         trial("a stop ends it early and is told", stopped),
         trial("without a window each packet goes alone, the flows in turn", alone),
+        trial("a group goes when its last packet is due", grouped),
         trial(
             "a thread of another namespace sends where the sockets are",
             from_elsewhere,
@@ -313,6 +314,21 @@ fn alone() {
     assert_eq!((generated.group, generated.way, generated.calls), (1, Way::Single, 400));
     let flows: Vec<u16> = device.receive(&generated).iter().map(|stamp| stamp.flow).collect();
     assert!(flows.chunks(4).all(|round| round == [0, 1, 2, 3]), "{flows:?}");
+}
+
+fn grouped() {
+    let mut device = Device::new(1_500);
+    let window = Duration::from_millis(10);
+    let generated = run(&Config {
+        window,
+        ..config(2, 1_000, 25)
+    });
+    assert_eq!((generated.group, generated.calls), (10, 3));
+    assert_eq!(generated.flows, [15, 10]);
+    // By the time when the tenth is due, the first has waited for nine others.
+    assert!(generated.lateness.max() >= 9_000_000, "{generated}");
+    assert!(generated.wall >= Duration::from_millis(24), "{generated}");
+    device.receive(&generated);
 }
 
 fn from_elsewhere() {

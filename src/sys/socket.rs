@@ -139,8 +139,6 @@ pub(crate) fn set_do_not_fragment(fd: RawFd, ipv4: bool) -> io::Result<()> {
     if ipv4 {
         set_int(fd, libc::IPPROTO_IP, libc::IP_MTU_DISCOVER, libc::IP_PMTUDISC_DO)
     } else {
-        const IPV6_DONTFRAG: libc::c_int = 62; // linux/in6.h
-        set_int(fd, libc::IPPROTO_IPV6, IPV6_DONTFRAG, 1)?;
         set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
     }
 }
