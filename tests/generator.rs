@@ -4,11 +4,12 @@ mod common;
 
 use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_tun, trial};
+use common::{Trial, need_program, need_tun, skip, trial};
 use tun_driver::lab::generator::{self, Config, GROUP_MAX, Generated, Generator, Limit, Way};
 use tun_driver::lab::packet::{Fault, Framing, MIN_IPV4, MIN_IPV6, Spec, Stamp};
 use tun_driver::lab::receiver::{Receiver, UdpReceiver, Until};
@@ -43,6 +44,10 @@ fn main() {
         trial("the source is as asked", source),
         trial("too long a packet is refused and told, not cut in pieces", too_long),
         trial("a target without listener is told", nobody_listens),
+        trial(
+            "a full socket buffer is waited for, and told; nothing is lost",
+            held_back,
+        ),
         trial("no route is an error", no_route),
         trial(
             "loss, duplicates, disorder and damage made on purpose are found",
@@ -427,6 +432,43 @@ fn nobody_listens() {
     assert!(generated.answers > 0, "{generated}");
     // Being told of an earlier packet takes nothing away from the later ones.
     assert_eq!(generated.sent, 50, "{generated}");
+}
+
+fn held_back() {
+    need_program("tc", "iproute2");
+    const PACKETS: u64 = 1_000;
+    // A way that is slower than what is sent, with more room in its queue than in the socket's buffer.
+    let tc = Command::new("tc")
+        .args(["qdisc", "add", "dev", "lo", "root", "tbf"])
+        .args(["rate", "40mbit", "burst", "16kb", "limit", "8mb"])
+        .output()
+        .unwrap();
+    if !tc.status.success() {
+        skip(format!("tbf is missing: {}", String::from_utf8_lossy(&tc.stderr)));
+    }
+    for way in [Way::Single, Way::Batch, Way::Gso] {
+        let mut receiver = UdpReceiver::bind("127.0.0.1:0".parse().unwrap(), Receiver::new(1)).unwrap();
+        let generated = run(&Config {
+            target: receiver.address().unwrap(),
+            length: 576,
+            way: Some(way),
+            ..config(1, 1_000_000, PACKETS)
+        });
+        assert_eq!((generated.sent, generated.unsent()), (PACKETS, 0), "{generated}");
+        assert!(generated.stalls > 0 && !generated.kept_rate(), "{generated:?}");
+        let until = Until {
+            packets: Some(PACKETS),
+            time: Some(PATIENCE),
+            ..Until::default()
+        };
+        receiver.run(until, NEVER).unwrap();
+        let mut books = receiver.into_receiver();
+        generated.tell(books.tracker_mut());
+        books.summary().assert_all();
+        // The last ones were due within a millisecond and waited for the others: that is in their latency, and it is at least what they took
+        // on the way: 16 kB of 576 kB at once, the rest at 5 MB/s.
+        assert!(books.latency().max() > 100_000_000, "{books}");
+    }
 }
 
 fn no_route() {
