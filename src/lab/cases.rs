@@ -13,7 +13,7 @@
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -49,6 +49,16 @@ pub trait Runner {
 
     /// Receives on the first device, waiting as this way waits, and sends back what [`turn_around`] wants back, until it says stop.
     fn echo(&mut self) -> io::Result<()>;
+
+    /// Receives on the first device, waiting as this way waits, and gives each packet with the time of its batch to `each`, until `over` is
+    /// set. It may be looked at only when packets come.
+    fn serve(&mut self, each: &mut dyn FnMut(&[u8], u64), over: &AtomicBool) -> io::Result<()> {
+        let _ = (each, over);
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "this way does not wait for middling load",
+        ))
+    }
 
     /// Entries into the kernel so far (system calls on the data path). 0 where nobody counts.
     fn calls(&self) -> u64 {
@@ -295,19 +305,19 @@ pub fn turn_around(packet: &mut [u8]) -> Reply {
 const HEADERS: usize = 20 + 8;
 const UDP: u8 = 17;
 const ECHO: u16 = 7;
-const DISCARD: u16 = 9;
+pub(super) const DISCARD: u16 = 9;
 const STOP: u64 = u64::MAX;
 const WARM_UP_TRIPS: usize = 200;
 
 /// A way with its devices, set up and addressed.
-struct Stage {
-    runner: Box<dyn Runner>,
-    nets: Vec<Net>,
+pub(super) struct Stage {
+    pub(super) runner: Box<dyn Runner>,
+    pub(super) nets: Vec<Net>,
     netlink: netlink::Handle,
 }
 
 impl Stage {
-    fn open(way: &dyn Way, devices: usize) -> io::Result<Self> {
+    pub(super) fn open(way: &dyn Way, devices: usize) -> io::Result<Self> {
         let nets: Vec<Net> = (0..devices).map(|_| Net::next()).collect();
         let device_names: Vec<&str> = nets.iter().map(|net| net.name.as_str()).collect();
         let runner = way.open(&device_names).map_err(|error| told(way, &error))?;
@@ -332,7 +342,7 @@ impl Stage {
 }
 
 /// A device's name and its subnet, both used once per process: a device may outlive its last user for a moment.
-struct Net {
+pub(super) struct Net {
     name: String,
     number: u16,
 }
@@ -353,7 +363,7 @@ impl Net {
     }
 
     /// An address behind the device.
-    fn peer(&self, port: u16) -> SocketAddrV4 {
+    pub(super) fn peer(&self, port: u16) -> SocketAddrV4 {
         SocketAddrV4::new(self.address(2), port)
     }
 
@@ -455,7 +465,7 @@ fn on_measuring_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> 
     })
 }
 
-fn names<'a>(ways: &[&'a dyn Way]) -> Vec<&'a str> {
+pub(super) fn names<'a>(ways: &[&'a dyn Way]) -> Vec<&'a str> {
     ways.iter().map(|way| way.name()).collect()
 }
 
@@ -510,7 +520,7 @@ fn expect<T: PartialEq + std::fmt::Debug>(expected: T, found: T) -> io::Result<(
     }
 }
 
-fn told(way: &dyn Way, error: &io::Error) -> io::Error {
+pub(super) fn told(way: &dyn Way, error: &io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("{}: {error}", way.name()))
 }
 

@@ -20,6 +20,7 @@
 pub mod cases;
 pub mod generator;
 pub mod measure;
+pub mod offered;
 pub mod packet;
 pub mod process;
 pub mod receiver;

@@ -1,11 +1,13 @@
 //! The ways that this library offers, for the [`cases`](super::cases): its plain `Iface`, and its worker on either backend.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use super::cases::{Drained, Reply, Runner, Way, turn_around};
-use crate::sys::tun;
+use super::monotonic_ns;
+use crate::sys::{fd, tun};
 use crate::{Backend, Batch, Builder, Iface, Mode, PortError, PortId, Sent, Wait, Worker, WorkerConfig};
 
 /// A loop over [`Iface::recv`] and [`Iface::send`] with one buffer: what the worker is compared with.
@@ -106,6 +108,41 @@ impl Runner for IfaceRunner {
                 Reply::Stop => return Ok(()),
             }
         }
+    }
+
+    fn serve(&mut self, each: &mut dyn FnMut(&[u8], u64), over: &AtomicBool) -> io::Result<()> {
+        let iface = &self.ifaces[0];
+        let mut poll_set = [libc::pollfd {
+            fd: iface.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        while !over.load(Ordering::Acquire) {
+            fd::poll(&mut poll_set, None)?;
+            let now = monotonic_ns();
+            loop {
+                match iface.recv(&mut self.buffer) {
+                    Ok(len) => each(&self.buffer[..len], now),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                    Err(error) => return Err(error),
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A loop over poll(2) and, once it tells of packets, non-blocking reads until there are none: what a careful program does without a ring.
+#[derive(Clone, Copy, Debug)]
+pub struct PollLoop;
+
+impl Way for PollLoop {
+    fn name(&self) -> &str {
+        "poll + read"
+    }
+
+    fn open(&self, devices: &[&str]) -> io::Result<Box<dyn Runner>> {
+        IfaceLoop { nonblocking: true }.open(devices)
     }
 }
 
@@ -218,6 +255,18 @@ impl Runner for WorkerRunner {
             });
             let sent = self.worker.send_many(self.ports[0], &mut self.received);
             refused(&sent)?;
+        }
+        Ok(())
+    }
+
+    fn serve(&mut self, each: &mut dyn FnMut(&[u8], u64), over: &AtomicBool) -> io::Result<()> {
+        while !over.load(Ordering::Acquire) {
+            self.worker.wait(None)?;
+            while let Some(port) = self.worker.next_ready() {
+                self.worker.try_recv_many(port, &mut self.received)?;
+                let now = monotonic_ns();
+                self.received.drain().for_each(|packet| each(&packet, now));
+            }
         }
         Ok(())
     }
