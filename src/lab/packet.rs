@@ -276,9 +276,11 @@ impl Spec {
 }
 
 impl Stamp {
-    /// How long ago it was sent, by the same clock; right for ages below 4.29 seconds.
+    /// How long ago it was sent, by the same clock; right for ages below 2.14 seconds. Zero for what was sent after `now`, as happens where one
+    /// reading of the clock serves several packets.
     pub fn age(&self, now: u64) -> Duration {
-        Duration::from_nanos(u64::from((now as u32).wrapping_sub(self.sent)))
+        let age = (now as u32).wrapping_sub(self.sent) as i32;
+        Duration::from_nanos(u64::try_from(age).unwrap_or(0))
     }
 }
 

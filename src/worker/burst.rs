@@ -36,6 +36,12 @@ impl Burst {
         self.probe.max(1)
     }
 
+    /// How many packets to ask for after a pause: what is expected and a little more, so that one question finds the end.
+    #[inline]
+    pub(super) fn gathered(&self) -> u32 {
+        (self.expected + self.expected / 8 + 1).min(LONGEST)
+    }
+
     /// What is left of a run that has begun and is expected to go on; 0 between runs.
     #[inline]
     pub(super) fn rest_of_run(&self) -> u32 {

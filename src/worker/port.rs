@@ -151,6 +151,8 @@ pub(super) struct Port {
     pub(super) readable: bool,
     /// Something was received since the worker last slept or paused.
     pub(super) recent: bool,
+    /// The worker paused so that packets gather here; they have not been asked for yet.
+    pub(super) gathered: bool,
     /// To be told by `next_ready`.
     pub(super) announced: bool,
     /// Writes depend on each other, so that back-pressure cannot make one overtake another.
@@ -179,6 +181,7 @@ impl Port {
             more: false,
             readable: false,
             recent: false,
+            gathered: false,
             announced: false,
             linked: false,
             down: false,
@@ -438,7 +441,8 @@ impl Ports {
     pub(super) fn paused(&mut self, arena: &Arena) {
         for port in self.iter_mut() {
             let busy = std::mem::take(&mut port.recent) && !port.armed && !port.is_handoff();
-            port.more |= busy && arena.available(port.account, port.class, 1) > 0;
+            port.gathered = busy && arena.available(port.account, port.class, 1) > 0;
+            port.more |= port.gathered;
         }
     }
 

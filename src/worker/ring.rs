@@ -378,7 +378,9 @@ impl RingBackend {
         block: bool,
     ) -> bool {
         let port = ports.at(index);
-        let next = if block && !in_hand {
+        let next = if std::mem::take(&mut port.gathered) {
+            port.burst.gathered()
+        } else if block && !in_hand {
             // With leave to wait, the armed read is the cheapest way to ask for what is not expected.
             port.burst.rest_of_run()
         } else {
