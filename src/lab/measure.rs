@@ -479,7 +479,11 @@ impl fmt::Display for Machine {
 }
 
 #[cfg(feature = "cli")]
+pub use json::quantiles_json;
+
+#[cfg(feature = "cli")]
 mod json {
+    use hdrhistogram::Histogram;
     use serde_json::{Value, json};
 
     use super::{Figure, Machine, Report, Sample, Spread, WayReport};
@@ -510,7 +514,8 @@ mod json {
     }
 
     impl Spread {
-        fn to_json(self) -> Value {
+        /// The five numbers as JSON; the unit is in the key that it is put under.
+        pub fn to_json(self) -> Value {
             json!({
                 "min": self.min,
                 "lower_quartile": self.lower_quartile,
@@ -533,6 +538,15 @@ mod json {
             }
             told
         }
+    }
+
+    /// A histogram of nanoseconds as JSON: how many there are, and the usual quantiles.
+    pub fn quantiles_json(histogram: &Histogram<u64>) -> Value {
+        let at = |share| histogram.value_at_quantile(share);
+        json!({
+            "count": histogram.len(), "min_ns": histogram.min(), "p50_ns": at(0.5), "p90_ns": at(0.9), "p99_ns": at(0.99),
+            "p99_9_ns": at(0.999), "p99_99_ns": at(0.9999), "max_ns": histogram.max(),
+        })
     }
 
     impl Machine {

@@ -24,6 +24,7 @@ pub mod offered;
 pub mod packet;
 pub mod process;
 pub mod receiver;
+pub mod results;
 pub mod ways;
 
 mod sandbox;
