@@ -29,6 +29,7 @@ pub(crate) struct Options {
 impl Options {
     /// The ways whose names contain one of the words given with `--only` (without any, all), and the plan with the baseline among them: the
     /// first way whose name contains the word given with `--against`, or the first of all.
+    #[allow(dead_code)] // the benchmark of scaling has no choice
     pub(crate) fn choose<'a>(&self, ways: &'a [Box<dyn Way>]) -> io::Result<(Vec<&'a dyn Way>, Plan)> {
         let against = self.against.as_deref().unwrap_or_default();
         let Some(baseline) = ways.iter().position(|way| way.name().contains(against)) else {

@@ -343,12 +343,12 @@ impl Stage {
 
 /// A device's name and its subnet, both used once per process: a device may outlive its last user for a moment.
 pub(super) struct Net {
-    name: String,
+    pub(super) name: String,
     number: u16,
 }
 
 impl Net {
-    fn next() -> Self {
+    pub(super) fn next() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed) as u16;
         Self {
@@ -357,7 +357,7 @@ impl Net {
         }
     }
 
-    fn address(&self, host: u8) -> Ipv4Addr {
+    pub(super) fn address(&self, host: u8) -> Ipv4Addr {
         let [high, low] = self.number.to_be_bytes();
         Ipv4Addr::new(10, high, low, host)
     }

@@ -25,6 +25,7 @@ pub mod packet;
 pub mod process;
 pub mod receiver;
 pub mod results;
+pub mod scaling;
 pub mod ways;
 
 mod sandbox;
