@@ -27,6 +27,8 @@ pub mod receiver;
 pub mod results;
 pub mod scaling;
 pub mod ways;
+#[cfg(feature = "cli")]
+pub mod wire;
 
 mod sandbox;
 mod sink;
