@@ -94,6 +94,7 @@ pub(crate) fn run(name: &str, cases: impl FnOnce(&Options, &Sandbox) -> io::Resu
 }
 
 /// Shows which sample is being taken, on a terminal.
+#[allow(dead_code)] // not everything takes long
 pub(crate) fn progress(case: &str) -> impl FnMut(Turn) + Send + use<> {
     let case = case.to_owned();
     let terminal = io::stderr().is_terminal();

@@ -17,6 +17,7 @@
 //! # }
 //! ```
 
+pub mod acts;
 pub mod cases;
 pub mod generator;
 pub mod measure;

@@ -1,0 +1,138 @@
+//! How long it takes to reach a worker, and to stop an engine.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use super::Sandbox;
+use super::cases::{DISCARD, Net};
+use super::generator::{Config, Generator, Limit};
+use super::results::{Act, Acts};
+use crate::{Batch, Builder, Engine, Handler, Mode, PortId, Wait, Worker, WorkerConfig};
+
+/// What a stop of a loaded engine must keep.
+pub const STOP_BOUND: Duration = Duration::from_millis(100);
+
+/// Throws packets away.
+struct Nothing;
+
+impl Handler for Nothing {
+    fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {}
+}
+
+/// Measures: how long a command takes to a worker that sleeps, that spins, and that is busy with 200,000
+/// packets per second; and how long it takes to stop an engine of two workers, idle and under load. `wakes` and `stops` of each.
+///
+/// # Errors
+/// What the engine or the kernel says; `TimedOut` if a stop was not clean.
+pub fn acts(_: &Sandbox, wakes: usize, stops: usize) -> io::Result<Acts> {
+    let block = Wait::Block;
+    let spin = Wait::Spin {
+        duration: Duration::from_millis(1),
+    };
+    let rows = vec![
+        act("command to a sleeping worker", None, wake(block, false, wakes)?),
+        act("command to a spinning worker", None, wake(spin, false, wakes)?),
+        act(
+            "command to a busy worker, default waiting",
+            None,
+            wake(Wait::default(), true, wakes)?,
+        ),
+        act("stop, 2 idle workers", Some(STOP_BOUND), stop(false, stops)?),
+        act("stop, 2 loaded workers", Some(STOP_BOUND), stop(true, stops)?),
+    ];
+    Ok(Acts {
+        title: "reach a worker, stop an engine".to_owned(),
+        rows,
+    })
+}
+
+fn act(name: &str, bound: Option<Duration>, took: Histogram<u64>) -> Act {
+    Act {
+        name: name.to_owned(),
+        took,
+        bound,
+    }
+}
+
+fn histogram() -> io::Result<Histogram<u64>> {
+    Histogram::new_with_bounds(1, 60_000_000_000, 3).map_err(io::Error::other)
+}
+
+fn start(wait: Wait, queues: usize) -> io::Result<(Engine<Nothing>, Net)> {
+    let net = Net::next();
+    let device = Builder::new(&net.name, Mode::Tun)
+        .queues(queues)
+        .address(net.address(1), 24)
+        .up(true)
+        .open()?;
+    let config = WorkerConfig {
+        wait,
+        ..WorkerConfig::default()
+    };
+    let engine = Engine::builder()
+        .device(device)
+        .workers(queues)
+        .config(config)
+        .start(|_| Ok(Nothing))?;
+    Ok((engine, net))
+}
+
+/// Runs `work` while packets come to the device.
+fn under_load<T>(net: &Net, load: bool, work: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    if !load {
+        return work();
+    }
+    let config = Config {
+        flows: 8,
+        rate: Some(200_000),
+        limit: Limit::Time(Duration::from_secs(60)),
+        wake_ahead: Duration::MAX,
+        ..Config::new(net.peer(DISCARD).into())
+    };
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let generate = scope.spawn(|| Generator::new(&config)?.run(&over).map(drop));
+        thread::sleep(Duration::from_millis(5));
+        let result = work();
+        over.store(true, Ordering::Release);
+        // The device may be gone by now, which the generator takes for an error.
+        let _ = generate.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        result
+    })
+}
+
+fn wake(wait: Wait, load: bool, count: usize) -> io::Result<Histogram<u64>> {
+    let (engine, net) = start(wait, 1)?;
+    let mut took = histogram()?;
+    under_load(&net, load, || {
+        for _ in 0..count {
+            // So that it sleeps again, or is in the middle of something else.
+            thread::sleep(Duration::from_micros(300));
+            let asked = Instant::now();
+            let answered = engine.run_on(0, |_, _| Instant::now())?;
+            took.saturating_record((answered - asked).as_nanos() as u64);
+        }
+        Ok(())
+    })?;
+    Ok(took)
+}
+
+fn stop(load: bool, count: usize) -> io::Result<Histogram<u64>> {
+    let mut took = histogram()?;
+    for _ in 0..count {
+        let (engine, net) = start(Wait::default(), 2)?;
+        let report = under_load(&net, load, || Ok(engine.stop_within(Duration::from_secs(10))))?;
+        if !report.is_clean() {
+            return Err(io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("not a clean stop: {report}"),
+            ));
+        }
+        took.saturating_record(report.took.as_nanos() as u64);
+    }
+    Ok(took)
+}
