@@ -68,6 +68,13 @@ fn bench() {
     let printed: Value = serde_json::from_slice(&told.stdout).unwrap();
     let written: Value = serde_json::from_slice(&std::fs::read(folder.join("bench.json")).unwrap()).unwrap();
     assert_eq!(printed, written);
+    let schema: Value = serde_json::from_str(include_str!("../docs/bench.schema.json")).unwrap();
+    let errors: Vec<String> = jsonschema::draft202012::new(&schema)
+        .unwrap()
+        .iter_errors(&printed)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect();
+    assert!(errors.is_empty(), "{errors:#?}");
     let cases: Vec<&str> = printed["cases"]
         .as_array()
         .unwrap()
@@ -78,7 +85,7 @@ fn bench() {
     let latency = printed["cases"][2]["latency"].as_array().unwrap();
     assert!(latency.len() >= 3);
     for way in latency {
-        assert_eq!(way["trips"], 1_000);
+        assert_eq!(way["count"], 1_000);
         assert!(way["p50_ns"].as_u64() > Some(0) && way["p50_ns"].as_u64() <= way["p99_ns"].as_u64());
     }
     let report = std::fs::read_to_string(folder.join("report.md")).unwrap();
@@ -94,6 +101,11 @@ fn bench() {
             .is_some_and(|extension| extension == "hgrm")
     });
     assert_eq!(histograms.count(), latency.len());
+    let page = std::fs::read_to_string(folder.join("report.html")).unwrap();
+    for way in latency {
+        assert!(page.contains(way["way"].as_str().unwrap()), "{way}");
+    }
+    assert!(folder.join("round_trip.hlog").is_file());
     std::fs::remove_dir_all(&folder).unwrap();
 }
 

@@ -108,6 +108,8 @@ pub struct Setup {
     pub ratio: Option<Spread>,
     /// What part of the packets each queue had; adds up to 1.
     pub per_queue_share: Vec<f64>,
+    /// How long packets waited from the wake-up to the handler, in nanoseconds, one histogram per queue; empty if it was not recorded.
+    pub hand_over: Vec<Histogram<u64>>,
 }
 
 /// How long single acts take: stopping an engine, waking a worker.
@@ -208,6 +210,7 @@ mod json {
                 "pps": self.pps.to_json(),
                 "ratio_to_first": self.ratio.map(Spread::to_json),
                 "per_queue_share": self.per_queue_share,
+                "hand_over": self.hand_over.iter().map(quantiles_json).collect::<Vec<_>>(),
             })
         }
     }

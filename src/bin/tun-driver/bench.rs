@@ -2,16 +2,16 @@
 
 use std::fs;
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::{Value, json};
 use tun_driver::lab::Sandbox;
 use tun_driver::lab::cases::{self, Load, Way};
 use tun_driver::lab::measure::{Machine, Plan, Report, Turn};
+use tun_driver::lab::results::{Acts, Curve, Scaling};
 use tun_driver::lab::ways::{ByWorker, IfaceLoop};
 use tun_driver::{Backend, Support, TunNode, Wait, Worker, WorkerConfig};
 
@@ -28,7 +28,7 @@ pub(crate) struct Options {
     /// Only these measurements.
     #[arg(long, value_enum, value_delimiter = ',', value_name = "CASE,…")]
     only: Vec<Case>,
-    /// The folder for report.md, bench.json and the histograms.
+    /// The folder for report.html, report.md, bench.json and the histograms.
     #[arg(long, value_name = "DIR", default_value = "results")]
     out: PathBuf,
     /// Print the JSON on standard output instead of the table.
@@ -57,13 +57,16 @@ pub(crate) struct Outcome {
     /// For round trips: per way, all trips in nanoseconds.
     pub(crate) histograms: Vec<Histogram<u64>>,
     /// Name for machines.
-    key: &'static str,
-    packet_len: Option<usize>,
+    pub(crate) key: &'static str,
+    pub(crate) packet_len: Option<usize>,
 }
 
 /// All that a run found out.
 pub(crate) struct Results {
     pub(crate) machine: Machine,
+    /// The command line, for who wants to repeat it.
+    pub(crate) command: String,
+    pub(crate) began: SystemTime,
     pub(crate) quick: bool,
     pub(crate) rounds: usize,
     pub(crate) rootless: bool,
@@ -71,6 +74,12 @@ pub(crate) struct Results {
     /// Ways that could not run here, with the reason.
     pub(crate) missing: Vec<String>,
     pub(crate) outcomes: Vec<Outcome>,
+    /// Behaviour over offered rates.
+    pub(crate) curves: Vec<Curve>,
+    /// Throughput over queues and workers.
+    pub(crate) scalings: Vec<Scaling>,
+    /// How long stopping, waking and the like take.
+    pub(crate) acts: Vec<Acts>,
 }
 
 /// How long the spinning worker watches before it sleeps.
@@ -90,18 +99,14 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let mut results = measure(options, &sandbox, machine)?;
     results.seconds = start.elapsed().as_secs_f64();
 
-    let object = to_json(&results);
-    write_files(&options.out, &results, &object)?;
+    let object = report::json(&results);
+    report::write_files(&options.out, &results, &object)?;
     let mut out = io::stdout().lock();
     if options.json {
         writeln!(out, "{object:#}")?;
     } else {
         write!(out, "{}", report::text(&results))?;
-        writeln!(
-            out,
-            "\nwritten to {}: report.md, bench.json, *.hgrm",
-            options.out.display()
-        )?;
+        writeln!(out, "\nwritten to {}: {}", options.out.display(), report::FILES)?;
     }
     Ok(())
 }
@@ -116,12 +121,17 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
     let (backends, missing) = backends();
     let mut results = Results {
         machine,
+        command: command(),
+        began: SystemTime::now(),
         quick: options.quick,
         rounds,
         rootless: sandbox.is_rootless(),
         seconds: 0.0,
         missing,
         outcomes: vec![],
+        curves: vec![],
+        scalings: vec![],
+        acts: vec![],
     };
 
     let mut moving: Vec<Box<dyn Way>> = vec![Box::new(IfaceLoop { nonblocking: true })];
@@ -198,6 +208,15 @@ impl Outcome {
     }
 }
 
+/// As it was typed, without the path of the program.
+fn command() -> String {
+    let arguments = std::env::args().skip(1);
+    std::iter::once("tun-driver".to_owned())
+        .chain(arguments)
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
 /// The backends that this host has, and why not the others.
 fn backends() -> (Vec<Backend>, Vec<String>) {
     let (mut usable, mut missing) = (Vec::new(), Vec::new());
@@ -234,60 +253,4 @@ fn with_progress<T>(
     });
     bar.finish_and_clear();
     result.map_err(|error| Failure::Failed(format!("{title}: {error}")))
-}
-
-fn to_json(results: &Results) -> Value {
-    let cases: Vec<Value> = results
-        .outcomes
-        .iter()
-        .map(|outcome| {
-            let latency: Vec<Value> = outcome
-                .histograms
-                .iter()
-                .zip(&outcome.report.ways)
-                .map(|(histogram, way)| {
-                    let at = |share| histogram.value_at_quantile(share);
-                    json!({
-                        "way": way.name, "trips": histogram.len(), "min_ns": histogram.min(), "p50_ns": at(0.5), "p90_ns": at(0.9),
-                        "p99_ns": at(0.99), "p99_9_ns": at(0.999), "p99_99_ns": at(0.9999), "max_ns": histogram.max(),
-                    })
-                })
-                .collect();
-            json!({
-                "case": outcome.key, "title": outcome.title, "packet_bytes": outcome.packet_len, "sink": outcome.note,
-                "report": outcome.report.to_json(), "latency": latency,
-            })
-        })
-        .collect();
-    json!({
-        "schema_version": 1,
-        "tool_version": env!("CARGO_PKG_VERSION"),
-        "citable": !results.quick,
-        "rounds": results.rounds,
-        "rootless": results.rootless,
-        "duration_s": results.seconds,
-        "machine": results.machine.to_json(),
-        "missing": results.missing,
-        "cases": cases,
-    })
-}
-
-fn write_files(folder: &Path, results: &Results, object: &Value) -> Result<(), Failure> {
-    let write = |name: &str, text: &str| {
-        let path = folder.join(name);
-        fs::write(&path, text).map_err(|error| Failure::Failed(format!("{}: {error}", path.display())))
-    };
-    write("bench.json", &format!("{object:#}\n"))?;
-    write("report.md", &report::markdown(results))?;
-    for outcome in &results.outcomes {
-        for (histogram, way) in outcome.histograms.iter().zip(&outcome.report.ways) {
-            let name = way
-                .name
-                .replace('µ', "u")
-                .replace(|c: char| !c.is_ascii_alphanumeric(), "-")
-                .replace("--", "-");
-            write(&format!("{}-{name}.hgrm", outcome.key), &report::hgrm(histogram))?;
-        }
-    }
-    Ok(())
 }

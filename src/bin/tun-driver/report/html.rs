@@ -1,0 +1,770 @@
+//! The report as one page of HTML that needs nothing else: no script, no font, no picture from elsewhere.
+
+use hdrhistogram::Histogram;
+use tun_driver::lab::measure::Spread;
+use tun_driver::lab::results::{Acts, Curve, Point, Scaling};
+
+use super::markup::{Node, node};
+use super::svg::{self, Axis, Bar, Bars, Dot, LOOKS, Lines, Mark, Scale, Trace};
+use super::tables::{self, Table};
+use super::{READING, SILENCE, numbers, provenance, verdict};
+use crate::bench::{Outcome, Results};
+
+pub(super) fn page(results: &Results) -> String {
+    let looks = Looks::of(results);
+    let mut body = node("body").child(header(results));
+    for (key, heading, told) in CASES {
+        let outcomes: Vec<&Outcome> = results.outcomes.iter().filter(|outcome| outcome.key == *key).collect();
+        if !outcomes.is_empty() {
+            body = body.child(case(heading, told, &outcomes, &looks));
+        }
+    }
+    body = body
+        .children(results.curves.iter().map(|one| curve(one, &looks)))
+        .children(results.scalings.iter().map(scaling))
+        .children(results.acts.iter().map(acts))
+        .child(footer());
+    let head = node("head")
+        .child(node("meta").with("charset", "utf-8"))
+        .child(
+            node("meta")
+                .with("name", "viewport")
+                .with("content", "width=device-width, initial-scale=1"),
+        )
+        .child(node("title").text("tun-driver bench"))
+        .child(node("style").text(include_str!("style.css")));
+    format!(
+        "<!DOCTYPE html>\n{}\n",
+        node("html").with("lang", "en").child(head).child(body)
+    )
+}
+
+/// The cases in reading order.
+const CASES: &[(&str, &str, &str)] = &[
+    (
+        "drain",
+        "Receive",
+        "A queue that was filled with packets is emptied, by one thread. Filling it is not timed.",
+    ),
+    (
+        "sink",
+        "Send",
+        "Packets are written to a device, by one thread, and dropped right behind it, so that little but the sending itself is timed.",
+    ),
+    (
+        "forward",
+        "Forward",
+        "One thread writes packets to one device; the kernel routes them to another, where the same thread reads them.",
+    ),
+    (
+        "round_trip",
+        "Round trip",
+        "One small packet at a time: a socket on one core sends it, the echo on another core sends it back.",
+    ),
+];
+
+/// How each way is drawn, the same everywhere. Baselines share the first look.
+struct Looks {
+    ways: Vec<String>,
+    baselines: Vec<String>,
+}
+
+impl Looks {
+    fn of(results: &Results) -> Self {
+        let mut looks = Self {
+            ways: Vec::new(),
+            baselines: Vec::new(),
+        };
+        let reports = results.outcomes.iter().map(|outcome| &outcome.report);
+        let in_cases = reports.map(|report| (report.baseline, report.ways.iter().map(|way| &way.name).collect()));
+        let in_curves = results
+            .curves
+            .iter()
+            .map(|curve| (curve.baseline, curve.lines.iter().map(|line| &line.way).collect()));
+        let all: Vec<(usize, Vec<&String>)> = in_cases.chain(in_curves).collect();
+        looks.baselines = all
+            .iter()
+            .filter_map(|(baseline, ways)| ways.get(*baseline))
+            .map(|way| (*way).clone())
+            .collect();
+        for way in all.iter().flat_map(|(_, ways)| ways) {
+            if !looks.ways.contains(way) && !looks.baselines.contains(way) {
+                looks.ways.push((*way).clone());
+            }
+        }
+        looks
+    }
+
+    fn look(&self, way: &str) -> usize {
+        if self.baselines.iter().any(|baseline| baseline == way) {
+            return 0;
+        }
+        self.ways
+            .iter()
+            .position(|known| known == way)
+            .map_or(0, |place| 1 + place % (LOOKS - 1))
+    }
+}
+
+fn header(results: &Results) -> Node {
+    let sentences = verdict::sentences(results).into_iter().map(|sentence| {
+        // Every other piece is what matters.
+        sentence
+            .split("**")
+            .enumerate()
+            .fold(node("p"), |paragraph, (number, piece)| {
+                if number % 2 == 1 {
+                    paragraph.child(node("strong").text(piece))
+                } else {
+                    paragraph.text(piece)
+                }
+            })
+    });
+    let mut header = node("header").child(node("h1").text("tun-driver bench"));
+    if results.quick {
+        header = header.child(
+            node("p")
+                .class("warning")
+                .text("A quick run: too few rounds to be cited. It shows that everything works."),
+        );
+    }
+    let from = provenance(results)
+        .into_iter()
+        .filter(|(about, _)| *about != "Quick run");
+    header
+        .child(node("div").class("verdict").children(sentences))
+        .child(described(from.map(|(about, told)| (about.to_owned(), told))))
+}
+
+fn case(heading: &str, told: &str, outcomes: &[&Outcome], looks: &Looks) -> Node {
+    let mut section = node("section")
+        .child(node("h2").text(heading))
+        .child(node("p").text(told));
+    if let Some(note) = outcomes.iter().find_map(|outcome| outcome.note) {
+        section = section.child(node("p").class("note").text(format!("Dropped by: {note}.")));
+    }
+    let mut plots = node("div").class("plots");
+    let trips: Vec<&&Outcome> = outcomes
+        .iter()
+        .filter(|outcome| !outcome.histograms.is_empty())
+        .collect();
+    if trips.is_empty() {
+        let all = outcomes
+            .iter()
+            .flat_map(|outcome| (0..outcome.report.ways.len()).filter_map(|way| tables::mpps(&outcome.report, way)));
+        let scale = Scale::from_zero(
+            all.map(|value| value.upper_quartile.max(value.median))
+                .fold(0.0, f64::max),
+        );
+        for outcome in outcomes {
+            plots = plots.child(figure(&size(outcome), svg::bars(&throughput(outcome, looks, scale))));
+        }
+        section = section.child(plots);
+    }
+    for outcome in trips {
+        let ways = outcome.report.ways.iter().map(|way| way.name.as_str());
+        section = section.child(legend(ways, looks)).child(
+            node("div")
+                .class("plots")
+                .child(figure(
+                    "How often a trip takes how long",
+                    svg::lines(&percentiles(outcome, looks)),
+                ))
+                .child(figure(
+                    "Half of the trips are faster than",
+                    svg::bars(&medians(outcome, looks)),
+                )),
+        );
+    }
+    for outcome in outcomes {
+        let table = tables::outcome(outcome);
+        if outcomes.len() > 1 {
+            section = section.child(node("h3").text(size(outcome)));
+        }
+        section = section.child(drawn(&table, 1));
+    }
+    outcomes
+        .first()
+        .map(|outcome| columns(&tables::outcome(outcome)))
+        .into_iter()
+        .fold(section, Node::child)
+}
+
+fn size(outcome: &Outcome) -> String {
+    outcome
+        .packet_len
+        .map_or(outcome.title.clone(), |bytes| format!("Packets of {bytes} bytes"))
+}
+
+fn throughput(outcome: &Outcome, looks: &Looks, scale: Scale) -> Bars {
+    let report = &outcome.report;
+    let rows = report.ways.iter().enumerate().filter_map(|(index, way)| {
+        let value = tables::mpps(report, index)?;
+        let ratio = way
+            .cpu_ratio()
+            .map_or(String::new(), |ratio| format!(", CPU × {:.2}", ratio.median));
+        Some(bar(
+            &way.name,
+            &format!("{} Mpps{ratio}", numbers::short(value.median)),
+            looks.look(&way.name),
+            &value,
+            "Mpps",
+        ))
+    });
+    Bars {
+        told: format!(
+            "Bars: million packets per second of one core, for each way; {}. The table below has the numbers.",
+            outcome.title
+        ),
+        axis: "million packets per second of one core; longer is better".to_owned(),
+        scale,
+        rows: rows.collect(),
+    }
+}
+
+fn medians(outcome: &Outcome, looks: &Looks) -> Bars {
+    let values: Vec<(&str, Spread)> = outcome
+        .report
+        .ways
+        .iter()
+        .filter_map(|way| Some((way.name.as_str(), way.figure("p50_us")?.value)))
+        .collect();
+    Bars {
+        told: format!(
+            "Bars: median of the round trip in microseconds, for each way; {}. The table below has the numbers.",
+            outcome.title
+        ),
+        axis: "median in µs; shorter is better".to_owned(),
+        scale: Scale::from_zero(values.iter().map(|(_, value)| value.upper_quartile).fold(0.0, f64::max)),
+        rows: values
+            .iter()
+            .map(|(way, value)| {
+                bar(
+                    way,
+                    &format!("{} µs", numbers::short(value.median)),
+                    looks.look(way),
+                    value,
+                    "µs",
+                )
+            })
+            .collect(),
+    }
+}
+
+fn bar(name: &str, text: &str, look: usize, value: &Spread, unit: &str) -> Bar {
+    Bar {
+        name: name.to_owned(),
+        text: text.to_owned(),
+        look,
+        value: value.median,
+        whisker: (value.lower_quartile, value.upper_quartile),
+        hint: format!(
+            "{name}: median {} {unit}, quartiles {} {unit}",
+            numbers::short(value.median),
+            numbers::quartiles(value, 1.0)
+        ),
+    }
+}
+
+/// Shares by how rare what lies above them is: each ten times rarer than the one before is one step further right.
+const SHARES: [(f64, &str); 8] = [
+    (0.0, "0 %"),
+    (0.5, "50 %"),
+    (0.9, "90 %"),
+    (0.99, "99 %"),
+    (0.999, "99.9 %"),
+    (0.9999, "99.99 %"),
+    (0.99999, "99.999 %"),
+    (0.999999, "99.9999 %"),
+];
+
+fn rarity(share: f64) -> f64 {
+    -(1.0 - share).log10()
+}
+
+fn percentiles(outcome: &Outcome, looks: &Looks) -> Lines {
+    let count = outcome.histograms.iter().map(Histogram::len).max().unwrap_or(1).max(10);
+    let rarest = (count as f64).log10();
+    let ticks: Vec<(f64, String)> = SHARES
+        .iter()
+        .map(|(share, label)| (rarity(*share), (*label).to_owned()))
+        .filter(|(place, _)| *place <= rarest)
+        .collect();
+    let traces: Vec<Trace> = outcome
+        .histograms
+        .iter()
+        .zip(&outcome.report.ways)
+        .map(|(histogram, way)| Trace {
+            look: looks.look(&way.name),
+            dots: distribution(&way.name, histogram),
+        })
+        .collect();
+    let all = traces.iter().flat_map(|trace| trace.dots.iter().map(|dot| dot.y));
+    Lines {
+        told: format!(
+            "Lines: latency over percentile, one line per way; {}. The table below has the usual percentiles.",
+            outcome.title
+        ),
+        y: Axis {
+            label: "µs, logarithmic; lower is better".to_owned(),
+            scale: Scale::log_around(all),
+            ticks: vec![],
+        },
+        x: Axis {
+            label: "share of the trips that were at most this long".to_owned(),
+            scale: Scale::Linear { low: 0.0, high: rarest },
+            ticks,
+        },
+        lines: traces,
+    }
+}
+
+fn distribution(name: &str, histogram: &Histogram<u64>) -> Vec<Dot> {
+    let rarest = (histogram.len().max(1) as f64).log10();
+    let dot = |share: f64, mark, what: &str| {
+        let micros = histogram.value_at_quantile(share) as f64 / 1e3;
+        let hint = format!("{name}: {what} took at most {} µs", numbers::short(micros));
+        Dot {
+            x: rarity(share).min(rarest),
+            y: micros,
+            whisker: None,
+            mark,
+            hint,
+        }
+    };
+    // Twenty to a step are more than can be told apart.
+    let steps =
+        (0..=(rarest * 20.0) as u32).map(|step| dot(1.0 - 10_f64.powf(-f64::from(step) / 20.0), Mark::None, ""));
+    let marked = SHARES[1..]
+        .iter()
+        .filter(|(share, _)| rarity(*share) <= rarest)
+        .map(|(share, label)| dot(*share, Mark::Full, label));
+    let mut dots: Vec<Dot> = steps.chain(marked).chain([dot(1.0, Mark::None, "all")]).collect();
+    dots.sort_by(|one, other| one.x.total_cmp(&other.x));
+    dots
+}
+
+fn curve(curve: &Curve, looks: &Looks) -> Node {
+    let points = || curve.lines.iter().flat_map(|line| &line.points);
+    let x = Scale::log_around(points().map(|point| point.sent_pps.median / 1e3));
+    let mut rates: Vec<u64> = points().filter_map(|point| point.offered_pps).collect();
+    rates.sort_unstable();
+    rates.dedup();
+    let ticks: Vec<(f64, String)> = rates
+        .iter()
+        .map(|rate| *rate as f64 / 1e3)
+        .map(|rate| (rate, numbers::plain(rate)))
+        .collect();
+
+    let plot = |what: &str, unit: &str, value: &dyn Fn(&Point) -> Spread| {
+        let values = points().map(|point| value(point).median);
+        let lines = curve.lines.iter().map(|line| Trace {
+            look: looks.look(&line.way),
+            dots: line
+                .points
+                .iter()
+                .map(|point| dot(&line.way, point, &value(point), unit))
+                .collect(),
+        });
+        let plot = Lines {
+            told: format!(
+                "Lines: {what} over the rate sent, one line per way; {}. The table below has the numbers.",
+                curve.title
+            ),
+            x: Axis {
+                label: "sent, thousand packets per second, logarithmic".to_owned(),
+                scale: x,
+                ticks: ticks.clone(),
+            },
+            y: Axis {
+                label: format!("{unit}, logarithmic; lower is better"),
+                scale: Scale::log_around(values),
+                ticks: vec![],
+            },
+            lines: lines.collect(),
+        };
+        figure(what, svg::lines(&plot))
+    };
+    let micros = |spread: Spread| scaled(spread, 1e-3);
+    let plots = node("div")
+        .class("plots")
+        .child(plot("CPU of the process per packet", "µs", &|point| {
+            micros(point.cpu_ns_per_packet)
+        }))
+        .child(plot(
+            "CPU of the whole machine above idle, per packet",
+            "µs",
+            &|point| micros(point.machine_cpu_ns_per_packet),
+        ))
+        .child(plot("Latency: half of the packets are faster than", "µs", &|point| {
+            point.p50_us
+        }))
+        .child(plot("Latency: 99 in 100 packets are faster than", "µs", &|point| {
+            point.p99_us
+        }));
+
+    let ceiling = curve.generator_ceiling_pps.map_or(String::new(), |pps| {
+        format!(
+            " Alone, the generator reaches {} packets per second.",
+            numbers::rate(pps)
+        )
+    });
+    let table = tables::curve(curve);
+    let count = table.rows.len();
+    node("section")
+        .child(node("h2").text("Over offered rates"))
+        .child(node("p").text(format!(
+            "{}: a generator sends packets of {} bytes by the clock, whether or not the receiver keeps up; the receiver counts and checks them.{ceiling}",
+            curve.title, curve.packet_bytes
+        )))
+        .child(legend(curve.lines.iter().map(|line| line.way.as_str()), looks))
+        .child(node("p").class("note").text(
+            "A hollow mark: the generator sent as fast as it could, or not as fast as it should. Thin upright lines: quartiles.",
+        ))
+        .child(plots)
+        .child(
+            node("details")
+                .child(node("summary").text(format!("The numbers: {count} rows, by rate and way")))
+                .child(drawn(&table, 2)),
+        )
+        .child(columns(&table))
+}
+
+fn dot(way: &str, point: &Point, value: &Spread, unit: &str) -> Dot {
+    let forced = point.offered_pps.is_none() || point.generator_bound;
+    let offered = point.offered_pps.map_or("as fast as it goes".to_owned(), |rate| {
+        format!("{} packets/s offered", numbers::rate(rate as f64))
+    });
+    Dot {
+        x: point.sent_pps.median / 1e3,
+        y: value.median,
+        whisker: Some((value.lower_quartile, value.upper_quartile)),
+        mark: if forced { Mark::Hollow } else { Mark::Full },
+        hint: format!(
+            "{way}, {offered}: {} {unit} [{}], {} packets/s arrived, lost {}",
+            numbers::short(value.median),
+            numbers::quartiles(value, 1.0),
+            numbers::rate(point.achieved_pps.median),
+            numbers::percent(point.loss()),
+        ),
+    }
+}
+
+fn scaled(spread: Spread, scale: f64) -> Spread {
+    Spread {
+        min: spread.min * scale,
+        lower_quartile: spread.lower_quartile * scale,
+        median: spread.median * scale,
+        upper_quartile: spread.upper_quartile * scale,
+        max: spread.max * scale,
+    }
+}
+
+fn scaling(scaling: &Scaling) -> Node {
+    let rows: Vec<Bar> = scaling
+        .rows
+        .iter()
+        .map(|row| {
+            let value = scaled(row.pps, 1e-6);
+            let ratio = row
+                .ratio
+                .map_or(String::new(), |ratio| format!(", × {:.2}", ratio.median));
+            bar(
+                &row.name,
+                &format!("{} Mpps{ratio}", numbers::short(value.median)),
+                1,
+                &value,
+                "Mpps",
+            )
+        })
+        .collect();
+    let totals = Bars {
+        told: format!(
+            "Bars: million packets per second for each set-up; {}. The table below has the numbers.",
+            scaling.title
+        ),
+        axis: "million packets per second, all queues; longer is better".to_owned(),
+        scale: Scale::from_zero(rows.iter().map(|row| row.whisker.1.max(row.value)).fold(0.0, f64::max)),
+        rows,
+    };
+    let shares: Vec<(String, Vec<f64>)> = scaling
+        .rows
+        .iter()
+        .filter(|row| row.per_queue_share.len() > 1)
+        .map(|row| (row.name.clone(), row.per_queue_share.clone()))
+        .collect();
+    let mut plots = node("div").class("plots").child(figure("Total", svg::bars(&totals)));
+    if !shares.is_empty() {
+        let told = format!(
+            "Bars: share of the packets that each queue had; {}. The table below has the extremes.",
+            scaling.title
+        );
+        let axis = "share of the packets per queue; the short strokes: an even spread";
+        plots = plots.child(figure("Spread over the queues", svg::divided(&told, axis, &shares)));
+    }
+    let table = tables::scaling(scaling);
+    node("section")
+        .child(node("h2").text("Scaling over queues"))
+        .child(node("p").text(format!(
+            "{}: packets of {} bytes, {} flows.",
+            scaling.title, scaling.packet_bytes, scaling.flows
+        )))
+        .child(plots)
+        .child(drawn(&table, 1))
+        .child(columns(&table))
+}
+
+fn acts(acts: &Acts) -> Node {
+    let table = tables::acts(acts);
+    let mut title = acts.title.chars();
+    let title: String = title
+        .next()
+        .map(|letter| letter.to_uppercase().chain(title).collect())
+        .unwrap_or_default();
+    node("section")
+        .child(node("h2").text(title))
+        .child(drawn(&table, 1))
+        .child(columns(&table))
+}
+
+fn footer() -> Node {
+    let points = |points: &[(&str, &str)]| {
+        described(
+            points
+                .iter()
+                .map(|(about, told)| ((*about).to_owned(), (*told).to_owned())),
+        )
+    };
+    node("footer")
+        .child(node("h2").text("How to read this"))
+        .child(points(READING))
+        .child(node("h2").text("What it does not show"))
+        .child(points(SILENCE))
+}
+
+fn figure(caption: &str, plot: Node) -> Node {
+    node("figure").child(node("figcaption").text(caption)).child(plot)
+}
+
+fn legend<'a>(ways: impl Iterator<Item = &'a str>, looks: &Looks) -> Node {
+    let entries = ways.map(|way| node("li").child(svg::swatch(looks.look(way))).text(way));
+    node("ul").class("legend").children(entries)
+}
+
+/// A table whose first `words` columns are words.
+fn drawn(table: &Table, words: usize) -> Node {
+    let is_words = |index: usize| index < words || table.columns[index].name == "remarks";
+    let heads = table.columns.iter().enumerate().map(|(index, column)| {
+        let head = node("th")
+            .with("scope", "col")
+            .with("title", &column.told)
+            .text(&column.name);
+        if is_words(index) { head.class("words") } else { head }
+    });
+    let mut before = None;
+    let rows = table.rows.iter().map(|row| {
+        // Where the first of several words changes, a thicker line: rows of one rate belong together.
+        let first = row.first().map(|cell| &cell.value);
+        let fresh = words > 1 && before != first;
+        before = first;
+        let cells = row.iter().enumerate().map(|(index, cell)| {
+            let made = if index + 1 == words {
+                node("th").with("scope", "row")
+            } else {
+                node("td")
+            };
+            let made = if is_words(index) { made.class("words") } else { made }.text(&cell.value);
+            match &cell.range {
+                Some(range) => made.text(" ").child(node("span").class("range-text").text(range)),
+                None => made,
+            }
+        });
+        let made = node("tr").children(cells);
+        if fresh { made.class("first") } else { made }
+    });
+    let body = node("tbody").children(rows);
+    node("div").class("scroll").with("tabindex", 0).child(
+        node("table")
+            .child(node("thead").child(node("tr").children(heads)))
+            .child(body),
+    )
+}
+
+fn columns(table: &Table) -> Node {
+    node("details")
+        .child(node("summary").text("What the columns mean"))
+        .child(described(
+            table
+                .columns
+                .iter()
+                .map(|column| (column.name.clone(), column.told.clone())),
+        ))
+}
+
+fn described(points: impl Iterator<Item = (String, String)>) -> Node {
+    node("dl").children(points.flat_map(|(about, told)| [node("dt").text(about), node("dd").text(told)]))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use roxmltree::{Document, ParsingOptions};
+
+    use super::*;
+    use crate::report::{json, sample, write_files};
+
+    fn parsed(page: &str) -> Document<'_> {
+        let options = ParsingOptions {
+            allow_dtd: true,
+            ..ParsingOptions::default()
+        };
+        Document::parse_with_options(page, options).unwrap()
+    }
+
+    #[test]
+    fn the_page_is_well_formed_and_whole() {
+        let results = sample::results();
+        let page = page(&results);
+        let document = parsed(&page);
+        let words: String = document
+            .descendants()
+            .filter(|node| node.is_text())
+            .filter_map(|node| node.text())
+            .collect();
+        for outcome in &results.outcomes {
+            assert!(
+                outcome.report.ways.iter().all(|way| words.contains(&way.name)),
+                "{}",
+                outcome.title
+            );
+        }
+        for (_, heading, _) in CASES {
+            assert!(words.contains(heading), "{heading}");
+        }
+        let curve = &results.curves[0];
+        assert!(words.contains(&curve.title) && curve.lines.iter().all(|line| words.contains(&line.way)));
+        assert!(results.scalings[0].rows.iter().all(|row| words.contains(&row.name)));
+        assert!(results.acts[0].rows.iter().all(|row| words.contains(&row.name)));
+        // Two plots of throughput for each of three cases, two of round trips, four over rates, two of scaling.
+        assert_eq!(
+            document
+                .descendants()
+                .filter(|node| node.has_tag_name("figure"))
+                .count(),
+            14
+        );
+        let described = document
+            .descendants()
+            .filter(|node| node.has_tag_name("th"))
+            .filter(|node| node.attribute("scope") == Some("col"));
+        assert!(
+            described.clone().count() > 30
+                && described
+                    .clone()
+                    .all(|node| node.attribute("title").is_some_and(|told| told.len() > 8))
+        );
+    }
+
+    #[test]
+    fn the_page_needs_nothing_from_elsewhere() {
+        let page = page(&sample::results());
+        for foreign in [
+            "http:",
+            "https:",
+            "url(",
+            "@import",
+            "<script",
+            "<link",
+            "<img",
+            "<iframe",
+            " src=",
+            " href=",
+            " onclick=",
+        ] {
+            assert!(!page.contains(foreign), "{foreign}");
+        }
+    }
+
+    #[test]
+    fn the_style_sheet_is_not_changed_by_escaping() {
+        // In HTML, the content of <style> is taken as it stands.
+        assert!(!include_str!("style.css").contains(['<', '>', '&', '"']));
+    }
+
+    #[test]
+    fn names_cannot_become_markup() {
+        let mut results = sample::results();
+        results.machine.cpu_model = "<b>CPU</b> & \"co\"".to_owned();
+        results.curves[0].lines[0].way = "<i>way</i>".to_owned();
+        let page = page(&results);
+        parsed(&page);
+        assert!(!page.contains("<b>") && !page.contains("<i>"));
+        assert!(page.contains("&lt;b&gt;CPU&lt;/b&gt; &amp; &quot;co&quot;"));
+    }
+
+    #[test]
+    fn marks_lie_inside_their_plot() {
+        let page = page(&sample::results());
+        let document = parsed(&page);
+        let plots: Vec<_> = document
+            .descendants()
+            .filter(|node| node.attribute("class") == Some("plot"))
+            .collect();
+        assert!(!plots.is_empty());
+        for plot in plots {
+            let size: Vec<f64> = plot
+                .attribute("viewBox")
+                .unwrap()
+                .split(' ')
+                .map(|word| word.parse().unwrap())
+                .collect();
+            let inside = |node: &roxmltree::Node<'_, '_>, name: &str, most: f64| {
+                let value = node.attribute(name).map_or(0.0, |value| value.parse::<f64>().unwrap());
+                assert!((0.0..=most).contains(&value), "{node:?}");
+            };
+            for node in plot.descendants().filter(|node| node.is_element()) {
+                assert!(
+                    !node
+                        .attribute("d")
+                        .is_some_and(|path| path.contains("NaN") || path.contains("inf")),
+                    "{node:?}"
+                );
+                if node.has_tag_name("text") || node.has_tag_name("rect") {
+                    inside(&node, "x", size[2]);
+                    inside(&node, "y", size[3]);
+                }
+                if node.has_tag_name("rect") {
+                    let right = ["x", "width"].map(|name| node.attribute(name).unwrap().parse::<f64>().unwrap());
+                    assert!(right[0] + right[1] <= size[2] + 0.2, "{node:?}");
+                }
+            }
+        }
+    }
+
+    /// To be looked at: `target/debug/sample-report/report.html`.
+    #[test]
+    fn all_files_are_written() {
+        let binary = std::env::current_exe().unwrap();
+        let folder = binary.ancestors().nth(2).unwrap().join("sample-report");
+        fs::create_dir_all(&folder).unwrap();
+        let results = sample::results();
+        assert!(write_files(&folder, &results, &json(&results)).is_ok());
+        let names: Vec<String> = fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        for name in [
+            "report.html",
+            "report.md",
+            "bench.json",
+            "round_trip.hlog",
+            "rates.hlog",
+            "hand-over.hlog",
+            "acts.hlog",
+        ] {
+            assert!(names.iter().any(|known| known == name), "{names:?}");
+        }
+        assert!(names.iter().any(|name| name.ends_with(".hgrm")));
+    }
+}
