@@ -143,45 +143,39 @@ fn case(heading: &str, told: &str, outcomes: &[&Outcome], looks: &Looks) -> Node
     if let Some(note) = outcomes.iter().find_map(|outcome| outcome.note) {
         section = section.child(node("p").class("note").text(format!("Dropped by: {note}.")));
     }
-    let mut plots = node("div").class("plots");
-    let trips: Vec<&&Outcome> = outcomes
-        .iter()
-        .filter(|outcome| !outcome.histograms.is_empty())
-        .collect();
-    if trips.is_empty() {
-        let all = outcomes
+    let (moving, trips): (Vec<&Outcome>, Vec<&Outcome>) =
+        outcomes.iter().partition(|outcome| outcome.histograms.is_empty());
+    if !moving.is_empty() {
+        let all = moving
             .iter()
             .flat_map(|outcome| (0..outcome.report.ways.len()).filter_map(|way| tables::mpps(&outcome.report, way)));
-        let scale = Scale::from_zero(
-            all.map(|value| value.upper_quartile.max(value.median))
-                .fold(0.0, f64::max),
-        );
-        for outcome in outcomes {
-            plots = plots.child(figure(&size(outcome), svg::bars(&throughput(outcome, looks, scale))));
-        }
-        section = section.child(plots);
+        // One scale for all, so that bars of different plots compare.
+        let scale = Scale::from_zero(all.map(|value| value.upper_quartile).fold(0.0, f64::max));
+        let cells = moving.iter().map(|outcome| {
+            let plot = figure(&size(outcome), svg::bars(&throughput(outcome, looks, scale)));
+            node("div")
+                .class("cell")
+                .child(plot)
+                .child(drawn(&tables::outcome(outcome), 1))
+        });
+        section = section.child(node("div").class("plots").children(cells));
     }
     for outcome in trips {
         let ways = outcome.report.ways.iter().map(|way| way.name.as_str());
-        section = section.child(legend(ways, looks)).child(
-            node("div")
-                .class("plots")
-                .child(figure(
-                    "How often a trip takes how long",
-                    svg::lines(&percentiles(outcome, looks)),
-                ))
-                .child(figure(
-                    "Half of the trips are faster than",
-                    svg::bars(&medians(outcome, looks)),
-                )),
-        );
-    }
-    for outcome in outcomes {
-        let table = tables::outcome(outcome);
-        if outcomes.len() > 1 {
-            section = section.child(node("h3").text(size(outcome)));
-        }
-        section = section.child(drawn(&table, 1));
+        let plots = node("div")
+            .class("plots")
+            .child(figure(
+                "How often a trip takes how long",
+                svg::lines(&percentiles(outcome, looks)),
+            ))
+            .child(figure(
+                "Half of the trips are faster than",
+                svg::bars(&medians(outcome, looks)),
+            ));
+        section = section
+            .child(legend(ways, looks))
+            .child(plots)
+            .child(drawn(&tables::outcome(outcome), 1));
     }
     outcomes
         .first()
@@ -202,7 +196,7 @@ fn throughput(outcome: &Outcome, looks: &Looks, scale: Scale) -> Bars {
         let value = tables::mpps(report, index)?;
         let ratio = way
             .cpu_ratio()
-            .map_or(String::new(), |ratio| format!(", CPU × {:.2}", ratio.median));
+            .map_or(String::new(), |ratio| format!(", CPU ratio {:.2}", ratio.median));
         Some(bar(
             &way.name,
             &format!("{} Mpps{ratio}", numbers::short(value.median)),
@@ -267,8 +261,7 @@ fn bar(name: &str, text: &str, look: usize, value: &Spread, unit: &str) -> Bar {
 }
 
 /// Shares by how rare what lies above them is: each ten times rarer than the one before is one step further right.
-const SHARES: [(f64, &str); 8] = [
-    (0.0, "0 %"),
+const SHARES: [(f64, &str); 7] = [
     (0.5, "50 %"),
     (0.9, "90 %"),
     (0.99, "99 %"),
@@ -335,7 +328,7 @@ fn distribution(name: &str, histogram: &Histogram<u64>) -> Vec<Dot> {
     // Twenty to a step are more than can be told apart.
     let steps =
         (0..=(rarest * 20.0) as u32).map(|step| dot(1.0 - 10_f64.powf(-f64::from(step) / 20.0), Mark::None, ""));
-    let marked = SHARES[1..]
+    let marked = SHARES
         .iter()
         .filter(|(share, _)| rarity(*share) <= rarest)
         .map(|(share, label)| dot(*share, Mark::Full, label));
@@ -346,15 +339,28 @@ fn distribution(name: &str, histogram: &Histogram<u64>) -> Vec<Dot> {
 
 fn curve(curve: &Curve, looks: &Looks) -> Node {
     let points = || curve.lines.iter().flat_map(|line| &line.points);
-    let x = Scale::log_around(points().map(|point| point.sent_pps.median / 1e3));
+    let sent = || {
+        points()
+            .map(|point| point.sent_pps.median / 1e3)
+            .filter(|rate| *rate > 0.0)
+    };
+    let (least, most) = (sent().fold(f64::INFINITY, f64::min), sent().fold(0.0, f64::max));
+    // A little room at both ends for the marks.
+    let x = if most > 0.0 {
+        Scale::Log {
+            low: least / 1.2,
+            high: most * 1.2,
+        }
+    } else {
+        Scale::log_around([])
+    };
     let mut rates: Vec<u64> = points().filter_map(|point| point.offered_pps).collect();
     rates.sort_unstable();
     rates.dedup();
-    let ticks: Vec<(f64, String)> = rates
-        .iter()
-        .map(|rate| *rate as f64 / 1e3)
-        .map(|rate| (rate, numbers::plain(rate)))
-        .collect();
+    let mut ticks: Vec<f64> = rates.iter().map(|rate| *rate as f64 / 1e3).collect();
+    let last = ticks.last().copied().unwrap_or(0.0);
+    ticks.extend(x.ticks().into_iter().filter(|tick| *tick >= last * 2.0));
+    let ticks: Vec<(f64, String)> = ticks.into_iter().map(|rate| (rate, numbers::plain(rate))).collect();
 
     let plot = |what: &str, unit: &str, value: &dyn Fn(&Point) -> Spread| {
         let values = points().map(|point| value(point).median);
@@ -412,10 +418,10 @@ fn curve(curve: &Curve, looks: &Looks) -> Node {
     let table = tables::curve(curve);
     let count = table.rows.len();
     node("section")
-        .child(node("h2").text("Over offered rates"))
+        .child(node("h2").text(format!("Over offered rates: {}", curve.title)))
         .child(node("p").text(format!(
-            "{}: a generator sends packets of {} bytes by the clock, whether or not the receiver keeps up; the receiver counts and checks them.{ceiling}",
-            curve.title, curve.packet_bytes
+            "A generator sends packets of {} bytes by the clock, whether or not the receiver keeps up; the receiver counts and checks them.{ceiling}",
+            curve.packet_bytes
         )))
         .child(legend(curve.lines.iter().map(|line| line.way.as_str()), looks))
         .child(node("p").class("note").text(
@@ -468,7 +474,7 @@ fn scaling(scaling: &Scaling) -> Node {
             let value = scaled(row.pps, 1e-6);
             let ratio = row
                 .ratio
-                .map_or(String::new(), |ratio| format!(", × {:.2}", ratio.median));
+                .map_or(String::new(), |ratio| format!(", ratio {:.2}", ratio.median));
             bar(
                 &row.name,
                 &format!("{} Mpps{ratio}", numbers::short(value.median)),
@@ -504,10 +510,10 @@ fn scaling(scaling: &Scaling) -> Node {
     }
     let table = tables::scaling(scaling);
     node("section")
-        .child(node("h2").text("Scaling over queues"))
+        .child(node("h2").text(format!("Scaling over queues: {}", scaling.title)))
         .child(node("p").text(format!(
-            "{}: packets of {} bytes, {} flows.",
-            scaling.title, scaling.packet_bytes, scaling.flows
+            "Packets of {} bytes in {} flows; the kernel gives each flow to one queue.",
+            scaling.packet_bytes, scaling.flows
         )))
         .child(plots)
         .child(drawn(&table, 1))

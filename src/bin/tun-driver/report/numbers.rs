@@ -25,16 +25,20 @@ pub(super) fn plain(value: f64) -> String {
     }
 }
 
-/// The quartiles with as many decimals as [`short`] gives the median: `0.70–0.75`.
+/// The quartiles, as fine as [`short`] gives the median: `0.70–0.75`.
 pub(super) fn quartiles(value: &Spread, scale: f64) -> String {
-    let decimals = short(value.median * scale)
-        .split_once('.')
-        .map_or(0, |(_, decimals)| decimals.len());
-    format!(
-        "{:.decimals$}–{:.decimals$}",
-        value.lower_quartile * scale,
-        value.upper_quartile * scale
-    )
+    let median = short(value.median * scale);
+    let decimals = median.split_once('.').map_or(0, |(_, decimals)| decimals.len());
+    let zeros = median.len().saturating_sub(3) as i32;
+    let step = if decimals == 0 { 10_f64.powi(zeros) } else { 1.0 };
+    let [low, high] = [value.lower_quartile, value.upper_quartile].map(|value| {
+        if decimals == 0 {
+            (value * scale / step).round() * step
+        } else {
+            value * scale
+        }
+    });
+    format!("{low:.decimals$}–{high:.decimals$}")
 }
 
 /// Ratios have two decimals.
@@ -104,7 +108,8 @@ mod tests {
     fn quartiles_have_the_decimals_of_their_median() {
         let spread = Spread::of(&[9.0, 9.5, 10.0, 10.5, 11.0]).unwrap();
         assert_eq!(quartiles(&spread, 1.0), "9.5–10.5");
-        assert_eq!(quartiles(&spread, 100.0), "950–1050");
+        assert_eq!(quartiles(&spread, 100.0), "950–1050", "1000 stands for 995 to 1005");
+        assert_eq!(quartiles(&spread, 100.1), "950–1050", "so 951 and 1051 are too fine");
     }
 
     #[test]

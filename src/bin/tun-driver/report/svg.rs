@@ -323,7 +323,7 @@ pub(super) fn divided(told: &str, axis: &str, rows: &[(String, Vec<f64>)]) -> No
                 .iter()
                 .find(|label| label.chars().count() as f64 * LETTER + 4.0 <= width)
             {
-                group = group.child(text(from + width / 2.0, y + 33.0, "middle", label).class("tick"));
+                group = group.child(text(from + width / 2.0, y + 33.0, "middle", label).class("inside"));
             }
             from += width;
         }

@@ -93,7 +93,7 @@ pub(super) fn outcome(outcome: &Outcome) -> Table {
                 "Mpps",
                 "Million packets per second that one core moves while it does nothing else; higher is better.",
             ),
-            &|way| mpps(&outcome.report, way).map_or(Cell::default(), |value| Cell::spread(&value, 1.0)),
+            &|way| mpps(&outcome.report, way).map_or(Cell::default(), |value| Cell::ratio(Some(&value), "")),
         );
         add(
             column(

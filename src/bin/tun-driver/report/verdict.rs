@@ -69,8 +69,9 @@ fn rates(results: &Results) -> Option<String> {
         let other = baseline.points.iter().find(|other| other.offered_pps == point.offered_pps)?;
         let ratio = point.cpu_ratio?.median;
         Some(format!(
-            "at {} packets per second the default waiting costs **{:.0} %** of the CPU of “{}”, with a 99th percentile of **{} µs** for its {} µs",
-            numbers::rate(point.offered_pps? as f64),
+            "at {},000 packets per second the default waiting costs **{:.0} %** of the CPU of “{}”, and 99 in 100 packets \
+             take at most **{} µs** (there {} µs)",
+            point.offered_pps? / 1_000,
             ratio * 100.0,
             baseline.way,
             numbers::short(point.p99_us.median),
@@ -81,7 +82,7 @@ fn rates(results: &Results) -> Option<String> {
         let (first, last) = (scaling.rows.first()?, scaling.rows.last()?);
         let ratio = last.ratio?.median;
         Some(format!(
-            "{} move **{ratio:.2} times** as much as {}",
+            "“{}” move **{ratio:.2} times** as much as “{}”",
             last.name, first.name
         ))
     });
@@ -133,7 +134,7 @@ mod tests {
             told[0]
         );
         assert!(
-            told[2].starts_with("At 200 k packets") && told[2].contains("2 queues, 2 workers move"),
+            told[2].starts_with("At 200,000 packets") && told[2].contains("“2 queues, 2 workers” move"),
             "{}",
             told[2]
         );
