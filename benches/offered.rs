@@ -7,19 +7,9 @@ use std::time::Duration;
 
 use serde_json::json;
 use tun_driver::lab::cases::Way;
-use tun_driver::lab::offered::{Offer, offered};
+use tun_driver::lab::offered::{Offer, RATES, offered};
 use tun_driver::lab::ways::{ByWorker, PollLoop};
 use tun_driver::{Backend, Wait};
-
-/// Packets per second, and as many as can be sent.
-const RATES: [Option<u64>; 6] = [
-    Some(20_000),
-    Some(50_000),
-    Some(100_000),
-    Some(200_000),
-    Some(400_000),
-    None,
-];
 
 fn main() -> ExitCode {
     harness::run("offered", |options, sandbox| {
@@ -42,16 +32,16 @@ fn main() -> ExitCode {
             });
             let mut progress = harness::progress(&title);
             let served = offered(sandbox, &ways, Offer::at(rate), &plan, &mut progress)?;
-            let loss = served.lost as f64 * 1e2 / served.packets as f64;
-            let kept = if served.kept_rate {
-                ""
-            } else {
-                "; the generator did not always keep up"
-            };
-            println!("\n{title}: {loss:.3} % lost{kept}\n{}", served.report);
+            println!("\n{title}\n{}", served.report);
+            let sent: Vec<_> = ways
+                .iter()
+                .zip(&served.tallies)
+                .map(|(way, tally)| {
+                    json!({ "way": way.name(), "sent": tally.sent, "lost": tally.lost, "kept_rate": tally.kept_rate })
+                })
+                .collect();
             told.push(json!({
-                "case": "offered", "rate_pps": rate, "kept_rate": served.kept_rate, "packets": served.packets, "lost": served.lost,
-                "report": served.report.to_json(),
+                "case": "offered", "rate_pps": rate, "sent": sent, "report": served.report.to_json(),
             }));
         }
         Ok(told)

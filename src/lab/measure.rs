@@ -145,7 +145,7 @@ impl Sample {
         self.wall += elapsed.wall;
     }
 
-    fn figure(&self, name: &str) -> f64 {
+    pub(super) fn figure(&self, name: &str) -> f64 {
         let per_packet = |time: Duration| time.as_nanos() as f64 / self.packets as f64;
         match name {
             CPU_NS => per_packet(self.cpu),

@@ -16,9 +16,10 @@ use hdrhistogram::Histogram;
 use super::Sandbox;
 use super::cases::{DISCARD, Progress, Stage, Way, names, told};
 use super::generator::{Config, Generated, Generator, Limit};
-use super::measure::{self, Clock, Elapsed, Plan, Report, Sample};
+use super::measure::{self, Clock, Elapsed, Plan, Report, Sample, Spread, Turn};
 use super::process::MachineCpu;
 use super::receiver::Receiver;
+use super::results::{Curve, Line, Point};
 use crate::sys::cpu;
 
 /// What is offered in one sample.
@@ -50,15 +51,22 @@ impl Offer {
 #[derive(Clone, Debug)]
 pub struct Served {
     /// Per round and way, besides the usual: `offered_pps`, `p50_us`, `p99_us`, `rest_ns_per_packet` (what the whole machine spent besides the
-    /// generator's thread), `lost_ppm`.
+    /// generator's thread, above idle), `lost_ppm`.
     pub report: Report,
     /// Per way: latency in nanoseconds of all packets of the rounds that count.
     pub latency: Vec<Histogram<u64>>,
+    /// Per way: what was sent in the rounds that count.
+    pub tallies: Vec<Tally>,
+}
+
+/// What was sent to one way, over all rounds that count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tally {
     /// Whether the generator kept the rate in every sample.
     pub kept_rate: bool,
-    /// Packets over all samples that count, and how many of them were lost.
-    pub packets: u64,
-    /// Lost ones: in a full queue, as the device counts; none otherwise.
+    /// Packets that were sent.
+    pub sent: u64,
+    /// Packets of these that did not arrive: the queue was full.
     pub lost: u64,
 }
 
@@ -78,27 +86,132 @@ pub fn offered(
 ) -> io::Result<Served> {
     let empty = Histogram::new_with_bounds(1, 1 << 32, 3).map_err(io::Error::other)?;
     let mut latency = vec![empty; ways.len()];
-    let (mut kept_rate, mut packets, mut lost) = (true, 0, 0);
+    let nothing = Tally {
+        kept_rate: true,
+        sent: 0,
+        lost: 0,
+    };
+    let mut tallies = vec![nothing; ways.len()];
+    let idle = idle_share()?;
     let report = measure::compare(plan, &names(ways), |turn| {
         progress(turn);
-        let one = one_offer(ways[turn.way], offer)?;
+        let one = one_offer(ways[turn.way], offer, idle)?;
         if turn.round >= plan.warm_up {
             latency[turn.way]
                 .add(one.receiver.latency())
                 .map_err(io::Error::other)?;
-            kept_rate &= one.generated.kept_rate();
-            packets += one.generated.sent;
-            lost += one.generated.sent - one.sample.packets;
+            let tally = &mut tallies[turn.way];
+            tally.kept_rate &= one.generated.kept_rate();
+            tally.sent += one.generated.sent;
+            tally.lost += one.generated.sent - one.sample.packets;
         }
         Ok(one.sample)
     })?;
     Ok(Served {
         report,
         latency,
-        kept_rate,
-        packets,
-        lost,
+        tallies,
     })
+}
+
+/// The rates of a [`curve`]: packets per second, and as many as can be sent.
+pub const RATES: [Option<u64>; 6] = [
+    Some(20_000),
+    Some(50_000),
+    Some(100_000),
+    Some(200_000),
+    Some(400_000),
+    None,
+];
+
+/// Offers each of the rates to each way in turn. `chosen` is the way that a verdict should speak of.
+///
+/// # Errors
+/// As [`offered`].
+pub fn curve(
+    sandbox: &Sandbox,
+    ways: &[&dyn Way],
+    chosen: usize,
+    rates: &[Option<u64>],
+    offer: Offer,
+    plan: &Plan,
+    progress: Progress<'_>,
+) -> io::Result<Curve> {
+    let mut lines: Vec<Line> = names(ways)
+        .into_iter()
+        .map(|way| Line {
+            way: way.to_owned(),
+            points: Vec::with_capacity(rates.len()),
+        })
+        .collect();
+    for (number, &rate) in rates.iter().enumerate() {
+        let served = offered(sandbox, ways, Offer { rate, ..offer }, plan, &mut |turn: Turn| {
+            progress(Turn {
+                done: number * turn.total + turn.done,
+                total: rates.len() * turn.total,
+                ..turn
+            });
+        })?;
+        for (way, line) in lines.iter_mut().enumerate() {
+            line.points.push(served.point(way, rate, plan.baseline)?);
+        }
+    }
+    let fastest = lines
+        .iter()
+        .flat_map(|line| &line.points)
+        .filter(|point| point.offered_pps.is_none());
+    let ceiling = fastest.map(|point| point.sent_pps.median).reduce(f64::max);
+    Ok(Curve {
+        title: format!("receive and count, {} B, one queue", offer.packet_len),
+        packet_bytes: offer.packet_len,
+        generator_ceiling_pps: ceiling,
+        baseline: plan.baseline,
+        chosen,
+        lines,
+    })
+}
+
+impl Served {
+    fn point(&self, way: usize, rate: Option<u64>, baseline: usize) -> io::Result<Point> {
+        let (own, base) = (&self.report.ways[way], &self.report.ways[baseline]);
+        let no_figure = || io::Error::other("a figure is missing");
+        let spread = |name: &str| own.figure(name).map(|figure| figure.value).ok_or_else(no_figure);
+        let each =
+            |samples: &[Sample], name: &str| -> Vec<f64> { samples.iter().map(|sample| sample.figure(name)).collect() };
+        let achieved: Vec<f64> = each(&own.samples, "offered_pps")
+            .iter()
+            .zip(each(&own.samples, "lost_ppm"))
+            .map(|(sent, lost)| sent * (1.0 - lost / 1e6))
+            .collect();
+        let above: Vec<f64> = each(&own.samples, "p99_us")
+            .iter()
+            .zip(each(&base.samples, "p99_us"))
+            .map(|(own, base)| own - base)
+            .collect();
+        let tally = self.tallies[way];
+        Ok(Point {
+            offered_pps: rate,
+            sent_pps: spread("offered_pps")?,
+            achieved_pps: Spread::of(&achieved).ok_or_else(no_figure)?,
+            cpu_ns_per_packet: spread(measure::CPU_NS)?,
+            machine_cpu_ns_per_packet: spread("rest_ns_per_packet")?,
+            cpu_ratio: own.cpu_ratio(),
+            p50_us: spread("p50_us")?,
+            p99_us: spread("p99_us")?,
+            p99_above_baseline_us: if way == baseline { None } else { Spread::of(&above) },
+            sent: tally.sent,
+            lost: tally.lost,
+            // A sample with any of these ends the run.
+            late: 0,
+            duplicates: 0,
+            damaged: 0,
+            generator_bound: match rate {
+                Some(_) => !tally.kept_rate,
+                None => tally.lost == 0,
+            },
+            latency: Some(self.latency[way].clone()),
+        })
+    }
 }
 
 struct One {
@@ -107,7 +220,15 @@ struct One {
     generated: Generated,
 }
 
-fn one_offer(way: &dyn Way, offer: Offer) -> io::Result<One> {
+/// What part of its time the machine is busy while nothing is measured.
+fn idle_share() -> io::Result<f64> {
+    let before = MachineCpu::now()?;
+    thread::sleep(Duration::from_millis(200));
+    let idle = MachineCpu::now()?.since(&before);
+    Ok(idle.busy().as_nanos() as f64 / idle.capacity_ns.max(1) as f64)
+}
+
+fn one_offer(way: &dyn Way, offer: Offer, idle: f64) -> io::Result<One> {
     let cpus = cpu::allowed()?;
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -158,7 +279,9 @@ fn one_offer(way: &dyn Way, offer: Offer) -> io::Result<One> {
                 let mut generator = Generator::new(&config)?;
                 let before = MachineCpu::now()?;
                 let generated = generator.run(&AtomicBool::new(false))?;
-                io::Result::Ok((generated, MachineCpu::now()?.since(&before).busy()))
+                let machine = MachineCpu::now()?.since(&before);
+                let above_idle = machine.busy().as_nanos() as f64 - idle * machine.capacity_ns as f64;
+                io::Result::Ok((generated, Duration::from_nanos(above_idle.max(0.0) as u64)))
             })?;
         let generated = generate.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // What is under way arrives.

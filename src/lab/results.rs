@@ -47,7 +47,8 @@ pub struct Point {
     pub achieved_pps: Spread,
     /// CPU time of the measured process (or thread) per packet that arrived.
     pub cpu_ns_per_packet: Spread,
-    /// CPU time of the whole machine above idle, per packet that arrived: the generator's and the softirqs' too.
+    /// CPU time of the whole machine above idle, but for the generator's thread, per packet that arrived: the receiver's, and what the kernel
+    /// does in interrupts and to put CPUs to sleep and wake them.
     pub machine_cpu_ns_per_packet: Spread,
     /// `cpu_ns_per_packet` divided by the baseline's of the same round and rate; `None` for the baseline.
     pub cpu_ratio: Option<Spread>,

@@ -10,6 +10,8 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use hdrhistogram::Histogram;
+
 use super::Sandbox;
 use super::cases::{DISCARD, Net, Progress};
 use super::measure::{self, Plan, Report, Sample, Spread};
@@ -47,8 +49,12 @@ impl Default for Stretch {
 enum Crew {
     /// One queue and a loop over a worker, without an engine.
     Bare,
-    /// An engine.
-    Engine { queues: usize, workers: usize },
+    /// An engine, perhaps with histograms.
+    Engine {
+        queues: usize,
+        workers: usize,
+        histograms: bool,
+    },
 }
 
 impl Crew {
@@ -70,7 +76,14 @@ impl Crew {
         let count = |count: usize, what: &str| format!("{count} {what}{}", if count == 1 { "" } else { "s" });
         match self {
             Crew::Bare => "1 queue, a bare worker loop".to_owned(),
-            Crew::Engine { queues, workers } => format!("{}, {}", count(queues, "queue"), count(workers, "worker")),
+            Crew::Engine {
+                queues,
+                workers,
+                histograms,
+            } => {
+                let with = if histograms { ", histograms" } else { "" };
+                format!("{}, {}{with}", count(queues, "queue"), count(workers, "worker"))
+            }
         }
     }
 }
@@ -82,28 +95,34 @@ impl Crew {
 /// What the engine or the kernel says; InvalidData where a packet is missing.
 pub fn scaling(_: &Sandbox, stretch: Stretch, plan: &Plan, progress: Progress<'_>) -> io::Result<(Scaling, Report)> {
     let many = cpu::allowed()?.len().clamp(2, 8);
+    let engine = |queues, workers, histograms| Crew::Engine {
+        queues,
+        workers,
+        histograms,
+    };
     let crews = [
         Crew::Bare,
-        Crew::Engine { queues: 1, workers: 1 },
-        Crew::Engine {
-            queues: many,
-            workers: 1,
-        },
-        Crew::Engine {
-            queues: many,
-            workers: many,
-        },
+        engine(1, 1, false),
+        engine(many, 1, false),
+        engine(many, many, false),
+        // What histograms cost is the ratio of these two to those above.
+        engine(1, 1, true),
+        engine(many, many, true),
     ];
     let names: Vec<String> = crews.iter().map(|crew| crew.name()).collect();
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let mut hand_over = Vec::new();
     let mut shares: Vec<Vec<u64>> = crews.iter().map(|crew| vec![0; crew.queues()]).collect();
     let report = measure::compare(plan, &names, |turn| {
         progress(turn);
-        let (sample, handled) = one_run(crews[turn.way], stretch)?;
-        for (share, handled) in shares[turn.way].iter_mut().zip(handled) {
+        let run = one_run(crews[turn.way], stretch)?;
+        for (share, handled) in shares[turn.way].iter_mut().zip(run.handled) {
             *share += handled;
         }
-        Ok(sample)
+        if turn.round >= plan.warm_up && !run.hand_over.is_empty() && crews[turn.way].workers() == many {
+            merge(&mut hand_over, run.hand_over)?;
+        }
+        Ok(run.sample)
     })?;
     let pps = |way: usize| -> Vec<f64> {
         let samples = report.ways[way].samples.iter();
@@ -112,7 +131,7 @@ pub fn scaling(_: &Sandbox, stretch: Stretch, plan: &Plan, progress: Progress<'_
             .collect()
     };
     let first = pps(1);
-    let rows = (1..crews.len())
+    let rows = (1..4)
         .map(|way| {
             let own = pps(way);
             let ratios: Vec<f64> = own.iter().zip(&first).map(|(own, first)| own / first).collect();
@@ -123,6 +142,11 @@ pub fn scaling(_: &Sandbox, stretch: Stretch, plan: &Plan, progress: Progress<'_
                 workers: crews[way].workers(),
                 pps: Spread::of(&own).ok_or_else(|| io::Error::other("no round"))?,
                 ratio: if way == 1 { None } else { Spread::of(&ratios) },
+                hand_over: if way == 3 {
+                    std::mem::take(&mut hand_over)
+                } else {
+                    Vec::new()
+                },
                 per_queue_share: shares[way].iter().map(|&share| share as f64 / all as f64).collect(),
             })
         })
@@ -201,8 +225,16 @@ const HEADERS: usize = 28;
 /// How long the last packet may take.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// One sample, and how many packets each queue had.
-fn one_run(crew: Crew, stretch: Stretch) -> io::Result<(Sample, Vec<u64>)> {
+/// What one turn gave.
+struct Run {
+    sample: Sample,
+    /// Packets per queue.
+    handled: Vec<u64>,
+    /// Per worker, from its wake-up to the handler, in nanoseconds; empty if it was not recorded.
+    hand_over: Vec<Histogram<u64>>,
+}
+
+fn one_run(crew: Crew, stretch: Stretch) -> io::Result<Run> {
     let net = Net::next();
     let device = Builder::new(&net.name, Mode::Tun)
         .queues(crew.queues())
@@ -212,12 +244,12 @@ fn one_run(crew: Crew, stretch: Stretch) -> io::Result<(Sample, Vec<u64>)> {
         .open()?;
     match crew {
         Crew::Bare => bare(device, &net, stretch),
-        Crew::Engine { queues, workers } => engine(device, &net, queues, workers, stretch),
+        Crew::Engine { .. } => engine(device, &net, crew, stretch),
     }
 }
 
 /// In a loop of its own on the last CPU.
-fn bare(device: MultiQueue, net: &Net, stretch: Stretch) -> io::Result<(Sample, Vec<u64>)> {
+fn bare(device: MultiQueue, net: &Net, stretch: Stretch) -> io::Result<Run> {
     let sockets = flows(net, stretch.flows_per_queue)?;
     let last = *cpu::allowed()?.last().unwrap_or(&0);
     let (done, ended) = mpsc::channel();
@@ -267,17 +299,16 @@ fn bare(device: MultiQueue, net: &Net, stretch: Stretch) -> io::Result<(Sample, 
         worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
         result?;
         let handled = vec![sample.packets];
-        Ok((sample, handled))
+        Ok(Run {
+            sample,
+            handled,
+            hand_over: Vec::new(),
+        })
     })
 }
 
-fn engine(
-    device: MultiQueue,
-    net: &Net,
-    queues: usize,
-    workers: usize,
-    stretch: Stretch,
-) -> io::Result<(Sample, Vec<u64>)> {
+fn engine(device: MultiQueue, net: &Net, crew: Crew, stretch: Stretch) -> io::Result<Run> {
+    let (queues, workers) = (crew.queues(), crew.workers());
     // A single one where the bare loop is, too.
     let placement = match workers {
         1 => Placement::Cores(cpu::allowed()?.last().copied().into_iter().collect()),
@@ -287,6 +318,7 @@ fn engine(
         .device(device)
         .workers(workers)
         .placement(placement)
+        .histograms(matches!(crew, Crew::Engine { histograms: true, .. }))
         .start(|seat| {
             let ports = seat.ports().iter();
             Ok(Counting {
@@ -335,7 +367,28 @@ fn engine(
             }
         }
     }
-    Ok((sample, handled))
+    let hand_over = match crew {
+        Crew::Engine { histograms: true, .. } => (0..workers)
+            .map(|worker| Ok(engine.worker_histograms(worker, PATIENCE)?.wake_to_handler_ns))
+            .collect::<io::Result<_>>()?,
+        _ => Vec::new(),
+    };
+    Ok(Run {
+        sample,
+        handled,
+        hand_over,
+    })
+}
+
+/// Adds histograms place by place.
+fn merge(sums: &mut Vec<Histogram<u64>>, more: Vec<Histogram<u64>>) -> io::Result<()> {
+    for (place, histogram) in more.into_iter().enumerate() {
+        match sums.get_mut(place) {
+            Some(sum) => sum.add(&histogram).map_err(io::Error::other)?,
+            None => sums.push(histogram),
+        }
+    }
+    Ok(())
 }
 
 /// Per queue, sockets of flows that come to it.

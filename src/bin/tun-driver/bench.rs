@@ -9,10 +9,13 @@ use clap::{Args, ValueEnum};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 use tun_driver::lab::Sandbox;
+use tun_driver::lab::acts;
 use tun_driver::lab::cases::{self, Load, Way};
 use tun_driver::lab::measure::{Machine, Plan, Report, Turn};
+use tun_driver::lab::offered::{self, Offer, RATES};
 use tun_driver::lab::results::{Acts, Curve, Scaling};
-use tun_driver::lab::ways::{ByWorker, IfaceLoop};
+use tun_driver::lab::scaling::{self, Stretch};
+use tun_driver::lab::ways::{ByWorker, IfaceLoop, PollLoop};
 use tun_driver::{Backend, Support, TunNode, Wait, Worker, WorkerConfig};
 
 use crate::{Failure, report};
@@ -46,6 +49,12 @@ enum Case {
     Forward,
     /// Round trip of single packets.
     RoundTrip,
+    /// Rates: packets come at set rates, and each way waits for them in its manner.
+    Rates,
+    /// Scaling: several queues are emptied by one worker and by several.
+    Scaling,
+    /// Acts: how long it takes to reach a worker and to stop an engine.
+    Acts,
 }
 
 /// What one case gave.
@@ -192,7 +201,46 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
             ..outcome
         });
     }
+    if wanted(Case::Rates) {
+        results.curves.push(rates(options, sandbox, &backends, &plan)?);
+    }
+    if wanted(Case::Scaling) {
+        let (found, _) = with_progress("several queues are emptied at once", |progress| {
+            scaling::scaling(sandbox, Stretch::default(), &plan, progress)
+        })?;
+        results.scalings.push(found);
+    }
+    if wanted(Case::Acts) {
+        let (wakes, stops) = if options.quick { (100, 5) } else { (1_000, 30) };
+        results.acts.push(with_progress("reach a worker, stop an engine", |_| {
+            acts::acts(sandbox, wakes, stops)
+        })?);
+    }
     Ok(results)
+}
+
+/// Middling load at set rates.
+fn rates(options: &Options, sandbox: &Sandbox, backends: &[Backend], plan: &Plan) -> Result<Curve, Failure> {
+    let mut ways: Vec<Box<dyn Way>> = vec![Box::new(PollLoop)];
+    for &backend in backends {
+        ways.push(Box::new(ByWorker::new(backend, Wait::Block)));
+        ways.push(Box::new(ByWorker::new(backend, Wait::default())));
+        if backend == Backend::IoUring {
+            ways.push(Box::new(ByWorker::new(backend, Wait::Spin { duration: SPIN })));
+        }
+    }
+    let ways: Vec<&dyn Way> = ways.iter().map(|way| &**way).collect();
+    // The default of the better backend.
+    let chosen = 2.min(ways.len() - 1);
+    let offer = Offer {
+        time: Duration::from_millis(150),
+        ..Offer::at(None)
+    };
+    let few = [Some(50_000), Some(200_000), None];
+    let rates: &[Option<u64>] = if options.quick { &few } else { &RATES };
+    with_progress("packets come at set rates", |progress| {
+        offered::curve(sandbox, &ways, chosen, rates, offer, plan, progress)
+    })
 }
 
 impl Outcome {

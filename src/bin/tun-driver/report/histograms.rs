@@ -113,7 +113,7 @@ pub(super) fn hlog(group: &Group<'_>, began: SystemTime, took: Duration) -> io::
 }
 
 /// A percentile table as HdrHistogram's plotters read it; values in microseconds.
-pub(super) fn hgrm(histogram: &Histogram<u64>) -> String {
+pub(crate) fn hgrm(histogram: &Histogram<u64>) -> String {
     let mut out = String::from("       Value     Percentile TotalCount 1/(1-Percentile)\n\n");
     let mut count = 0;
     for step in histogram.iter_quantiles(5) {

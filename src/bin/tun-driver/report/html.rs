@@ -397,11 +397,9 @@ fn curve(curve: &Curve, looks: &Looks) -> Node {
         .child(plot("CPU of the process per packet", "µs", &|point| {
             micros(point.cpu_ns_per_packet)
         }))
-        .child(plot(
-            "CPU of the whole machine above idle, per packet",
-            "µs",
-            &|point| micros(point.machine_cpu_ns_per_packet),
-        ))
+        .child(plot("CPU of the rest of the machine, per packet", "µs", &|point| {
+            micros(point.machine_cpu_ns_per_packet)
+        }))
         .child(plot("Latency: half of the packets are faster than", "µs", &|point| {
             point.p50_us
         }))

@@ -16,6 +16,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
+pub(crate) use histograms::hgrm;
 pub(crate) use json::json;
 pub(crate) use text::text;
 
@@ -107,7 +108,7 @@ fn utc(time: SystemTime) -> String {
         .map_or(0, |since| since.as_secs());
     let (minutes, mut days) = (seconds / 60 % 1440, seconds / 86_400);
     let mut year = 1970;
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400));
     while days >= 365 + u64::from(leap(year)) {
         days -= 365 + u64::from(leap(year));
         year += 1;
@@ -149,7 +150,7 @@ const READING: &[(&str, &str)] = &[
     (
         "CPU",
         "in receive, send, forward and round trip is the measuring thread's own time, what the kernel does inside its calls included. Over offered rates it is the process's; \
-         beside it stands the whole machine's above idle, since work in interrupts is charged to whoever they interrupt.",
+         beside it stands what the whole machine spent above idle besides the generator's thread, since waking a thread and work in interrupts are charged to whoever they interrupt.",
     ),
     (
         "Percentiles",

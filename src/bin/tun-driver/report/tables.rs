@@ -194,7 +194,7 @@ pub(super) fn curve(curve: &Curve) -> Table {
         ),
         column(
             "machine ns/packet",
-            "CPU time of the whole machine above idle for each packet that arrived, so with the generator and with what the kernel does in interrupts.",
+            "CPU time of the whole machine above idle, but for the generator's thread, for each packet that arrived: with what the kernel does in interrupts and to put CPUs to sleep and wake them.",
         ),
         column(
             "p50 µs",
