@@ -141,7 +141,7 @@ fn case(heading: &str, told: &str, outcomes: &[&Outcome], looks: &Looks) -> Node
         .child(node("h2").text(heading))
         .child(node("p").text(told));
     if let Some(note) = outcomes.iter().find_map(|outcome| outcome.note) {
-        section = section.child(node("p").class("note").text(format!("Dropped by: {note}.")));
+        section = section.child(node("p").class("note").text(format!("How they are dropped: {note}.")));
     }
     let (moving, trips): (Vec<&Outcome>, Vec<&Outcome>) =
         outcomes.iter().partition(|outcome| outcome.histograms.is_empty());
@@ -199,7 +199,7 @@ fn throughput(outcome: &Outcome, looks: &Looks, scale: Scale) -> Bars {
             .map_or(String::new(), |ratio| format!(", CPU ratio {:.2}", ratio.median));
         Some(bar(
             &way.name,
-            &format!("{} Mpps{ratio}", numbers::short(value.median)),
+            &format!("{:.2} Mpps{ratio}", value.median),
             looks.look(&way.name),
             &value,
             "Mpps",
@@ -475,7 +475,7 @@ fn scaling(scaling: &Scaling) -> Node {
                 .map_or(String::new(), |ratio| format!(", ratio {:.2}", ratio.median));
             bar(
                 &row.name,
-                &format!("{} Mpps{ratio}", numbers::short(value.median)),
+                &format!("{:.2} Mpps{ratio}", value.median),
                 1,
                 &value,
                 "Mpps",
@@ -557,13 +557,18 @@ fn legend<'a>(ways: impl Iterator<Item = &'a str>, looks: &Looks) -> Node {
 
 /// A table whose first `words` columns are words.
 fn drawn(table: &Table, words: usize) -> Node {
-    let is_words = |index: usize| index < words || table.columns[index].name == "remarks";
+    // The last column of words stays in view when a narrow window scrolls.
+    let class = |index: usize| match index {
+        _ if index + 1 == words => "words key",
+        _ if index < words || table.columns[index].name == "remarks" => "words",
+        _ => "number",
+    };
     let heads = table.columns.iter().enumerate().map(|(index, column)| {
-        let head = node("th")
+        node("th")
             .with("scope", "col")
             .with("title", &column.told)
-            .text(&column.name);
-        if is_words(index) { head.class("words") } else { head }
+            .class(class(index))
+            .text(&column.name)
     });
     let mut before = None;
     let rows = table.rows.iter().map(|row| {
@@ -577,7 +582,7 @@ fn drawn(table: &Table, words: usize) -> Node {
             } else {
                 node("td")
             };
-            let made = if is_words(index) { made.class("words") } else { made }.text(&cell.value);
+            let made = made.class(class(index)).text(&cell.value);
             match &cell.range {
                 Some(range) => made.text(" ").child(node("span").class("range-text").text(range)),
                 None => made,

@@ -183,8 +183,8 @@ pub(super) fn curve(curve: &Curve) -> Table {
             "Share of the packets sent that did not arrive, over all rounds.",
         ),
         column(
-            "CPU ns/packet",
-            "CPU time of the measured process for each packet that arrived; lower is better.",
+            "CPU µs",
+            "Microseconds of the measured process's CPU time for each packet that arrived; lower is better.",
         ),
         column(
             "CPU ratio",
@@ -193,8 +193,8 @@ pub(super) fn curve(curve: &Curve) -> Table {
             ),
         ),
         column(
-            "machine ns/packet",
-            "CPU time of the whole machine above idle, but for the generator's thread, for each packet that arrived: with what the kernel does in interrupts and to put CPUs to sleep and wake them.",
+            "machine µs",
+            "Microseconds of the whole machine's CPU time above idle, but for the generator's thread, for each packet that arrived: with what the kernel does in interrupts and to put CPUs to sleep and wake them.",
         ),
         column(
             "p50 µs",
@@ -250,9 +250,9 @@ pub(super) fn curve(curve: &Curve) -> Table {
                 Cell::of(&line.way),
                 Cell::spread(&point.achieved_pps, 1e-3),
                 Cell::of(numbers::percent(point.loss())),
-                Cell::spread(&point.cpu_ns_per_packet, 1.0),
+                Cell::spread(&point.cpu_ns_per_packet, 1e-3),
                 Cell::ratio(point.cpu_ratio.as_ref(), same),
-                Cell::spread(&point.machine_cpu_ns_per_packet, 1.0),
+                Cell::spread(&point.machine_cpu_ns_per_packet, 1e-3),
                 Cell::spread(&point.p50_us, 1.0),
                 Cell::spread(&point.p99_us, 1.0),
                 more,
