@@ -71,7 +71,8 @@ use hdrhistogram::Histogram;
 use super::packet::{STAMP_LEN, write_payload};
 use super::tracker::Tracker;
 use super::{monotonic_ns, process};
-use crate::sys::lab::{Row, set_timer_slack};
+use crate::sys::cpu::TimerSlack;
+use crate::sys::lab::Row;
 use crate::sys::socket::{set_do_not_fragment, set_udp_segment};
 use crate::sys::{cpu, fd};
 
@@ -332,12 +333,8 @@ impl Generator {
             cpu::pin_thread(cpu).map_err(|error| io::Error::new(error.kind(), format!("CPU {cpu}: {error}")))?;
         }
         // The kernel may lengthen each sleep by that much; not being able to set it makes the generator late, which it tells.
-        let slack = set_timer_slack(1_000);
-        let generated = self.send_all(stop);
-        if let Ok(slack) = slack {
-            let _ = set_timer_slack(slack);
-        }
-        generated
+        let _slack = TimerSlack::least();
+        self.send_all(stop)
     }
 
     fn send_all(&mut self, stop: &AtomicBool) -> io::Result<Generated> {

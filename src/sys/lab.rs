@@ -31,15 +31,6 @@ pub(crate) fn clock_ticks() -> u64 {
     u64::try_from(unsafe { libc::sysconf(libc::_SC_CLK_TCK) }).unwrap_or(100)
 }
 
-/// How much later than asked the calling thread may be woken from a sleep, in ns (PR_SET_TIMERSLACK; 50 µs unless set). Returns what it was.
-pub(crate) fn set_timer_slack(ns: libc::c_ulong) -> io::Result<libc::c_ulong> {
-    // SAFETY: no memory is passed.
-    let before = unsafe { syscall!(prctl(libc::PR_GET_TIMERSLACK)) }?;
-    // SAFETY: as above.
-    unsafe { syscall!(prctl(libc::PR_SET_TIMERSLACK, ns)) }?;
-    Ok(before as libc::c_ulong)
-}
-
 fn clock(id: libc::clockid_t) -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `time` is writable for the call. It cannot fail: each of these clocks exists on every kernel we know.
