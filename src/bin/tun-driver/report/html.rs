@@ -363,7 +363,9 @@ fn curve(curve: &Curve, looks: &Looks) -> Node {
     let ticks: Vec<(f64, String)> = ticks.into_iter().map(|rate| (rate, numbers::plain(rate))).collect();
 
     let plot = |what: &str, unit: &str, value: &dyn Fn(&Point) -> Spread| {
-        let values = points().map(|point| value(point).median);
+        let values = points()
+            .map(value)
+            .flat_map(|value| [value.lower_quartile, value.median, value.upper_quartile]);
         let lines = curve.lines.iter().map(|line| Trace {
             look: looks.look(&line.way),
             dots: line
@@ -510,7 +512,7 @@ fn scaling(scaling: &Scaling) -> Node {
     node("section")
         .child(node("h2").text(format!("Scaling over queues: {}", scaling.title)))
         .child(node("p").text(format!(
-            "Packets of {} bytes in {} flows; the kernel gives each flow to one queue.",
+            "Packets of {} bytes in {} flows, each of which stays on one queue.",
             scaling.packet_bytes, scaling.flows
         )))
         .child(plots)

@@ -286,7 +286,7 @@ pub(super) fn scaling(scaling: &Scaling) -> Table {
         ),
         column(
             "per queue",
-            "Share of the packets that the busiest and the idlest queue had. The kernel chooses the queue by flow, so that few flows spread unevenly.",
+            "Share of the packets that the busiest and the idlest queue had. A flow stays on one queue.",
         ),
     ];
     let rows = scaling.rows.iter().enumerate().map(|(index, row)| {
@@ -318,7 +318,7 @@ pub(super) fn acts(acts: &Acts) -> Table {
         column("what", "The act that was timed."),
         column("times", "How often."),
         column("p50", "Half of them took no longer."),
-        column("p99", "99 in 100 took no longer."),
+        column("p99", "99 in 100 took no longer; nothing is said of fewer than 100."),
         column("longest", "The longest of all."),
         column("promised", "What none may exceed, and whether none did."),
     ];
@@ -340,7 +340,12 @@ pub(super) fn acts(acts: &Acts) -> Table {
             Cell::of(&act.name),
             Cell::of(act.took.len()),
             Cell::of(at(0.5)),
-            Cell::of(at(0.99)),
+            // Of fewer, it would be the longest under another name.
+            Cell::of(if act.took.len() < 100 {
+                "–".to_owned()
+            } else {
+                at(0.99)
+            }),
             Cell::of(numbers::time(act.took.max() as f64)),
             Cell::of(promised),
         ]
@@ -348,5 +353,57 @@ pub(super) fn acts(acts: &Acts) -> Table {
     Table {
         columns,
         rows: rows.collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use hdrhistogram::Histogram;
+    use tun_driver::lab::results::Act;
+
+    use super::*;
+    use crate::report::sample;
+
+    #[test]
+    fn every_row_has_a_cell_for_every_column() {
+        let results = sample::results();
+        let tables = results.outcomes.iter().map(outcome).chain([
+            curve(&results.curves[0]),
+            scaling(&results.scalings[0]),
+            acts(&results.acts[0]),
+        ]);
+        for table in tables {
+            assert!(!table.rows.is_empty());
+            assert!(table.rows.iter().all(|row| row.len() == table.columns.len()));
+        }
+    }
+
+    #[test]
+    fn rates_come_in_rising_order_and_the_maximum_last() {
+        let table = curve(&sample::results().curves[0]);
+        let mut rates: Vec<&str> = table.rows.iter().map(|row| row[0].value.as_str()).collect();
+        rates.dedup();
+        assert_eq!(rates, ["20 k", "50 k", "100 k", "200 k", "400 k", "max"]);
+    }
+
+    #[test]
+    fn no_99th_percentile_of_a_handful() {
+        let row = |count| {
+            let mut took = Histogram::new(3).unwrap();
+            took.record_n(1_000, count).unwrap();
+            let rows = vec![Act {
+                name: String::new(),
+                took,
+                bound: None,
+            }];
+            acts(&Acts {
+                title: String::new(),
+                rows,
+            })
+            .rows[0][3]
+                .value
+                .clone()
+        };
+        assert_eq!((row(99), row(100)), ("–".to_owned(), "1.00 µs".to_owned()));
     }
 }
