@@ -56,10 +56,11 @@ fn bench() {
     let out = folder.to_str().unwrap();
     let told = tool(&[
         "bench",
+        "--quick",
         "--rounds",
         "1",
         "--only",
-        "drain,round-trip",
+        "drain,round-trip,rates,scaling,acts",
         "--json",
         "--out",
         out,
@@ -88,6 +89,9 @@ fn bench() {
         assert_eq!(way["count"], 1_000);
         assert!(way["p50_ns"].as_u64() > Some(0) && way["p50_ns"].as_u64() <= way["p99_ns"].as_u64());
     }
+    for section in ["curves", "scaling", "acts"] {
+        assert_eq!(printed[section].as_array().unwrap().len(), 1, "{section}");
+    }
     let report = std::fs::read_to_string(folder.join("report.md")).unwrap();
     assert!(
         report.contains("worker, io_uring") || report.contains("is not measured"),
@@ -100,12 +104,14 @@ fn bench() {
             .extension()
             .is_some_and(|extension| extension == "hgrm")
     });
-    assert_eq!(histograms.count(), latency.len());
+    assert!(histograms.count() > latency.len(), "those over rates and of acts, too");
     let page = std::fs::read_to_string(folder.join("report.html")).unwrap();
     for way in latency {
         assert!(page.contains(way["way"].as_str().unwrap()), "{way}");
     }
-    assert!(folder.join("round_trip.hlog").is_file());
+    for log in ["round_trip.hlog", "rates.hlog", "acts.hlog"] {
+        assert!(folder.join(log).is_file(), "{log}");
+    }
     std::fs::remove_dir_all(&folder).unwrap();
 }
 
