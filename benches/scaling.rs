@@ -11,7 +11,7 @@ fn main() -> ExitCode {
     harness::run("scaling", |options, sandbox| {
         let mut progress = harness::progress("scaling");
         let (found, report) = scaling(sandbox, Stretch::default(), &options.plan, &mut progress)?;
-        println!("\n{}: wall time against a bare worker loop\n{report}", found.title);
+        println!("\n{}: and one queue beside a bare worker loop\n{report}", found.title);
         for row in &found.rows {
             let ratio = row.ratio.map_or(1.0, |ratio| ratio.median);
             println!(

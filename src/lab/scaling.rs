@@ -89,7 +89,7 @@ impl Crew {
 }
 
 /// How throughput grows from one queue to as many as there are CPUs. The rows: one queue with one worker; `n` queues with one worker; `n`
-/// queues with `n` workers. Also the report over the rounds, in which a bare worker loop is the baseline.
+/// queues with `n` workers. Also, beside a bare worker loop as the baseline, an engine with one queue and one worker, without and with histograms.
 ///
 /// # Errors
 /// What the engine or the kernel says; InvalidData where a packet is missing.
@@ -105,7 +105,6 @@ pub fn scaling(_: &Sandbox, stretch: Stretch, plan: &Plan, progress: Progress<'_
         engine(1, 1, false),
         engine(many, 1, false),
         engine(many, many, false),
-        // What histograms cost is the ratio of these two to those above.
         engine(1, 1, true),
         engine(many, many, true),
     ];
@@ -151,13 +150,20 @@ pub fn scaling(_: &Sandbox, stretch: Stretch, plan: &Plan, progress: Progress<'_
             })
         })
         .collect::<io::Result<Vec<Setup>>>()?;
+    let mut beside = report;
+    // What has one queue and one worker.
+    let mut way = 0;
+    beside.ways.retain(|_| {
+        way += 1;
+        [0, 1, 4].contains(&(way - 1))
+    });
     let scaling = Scaling {
-        title: format!("{} queues are emptied at once", many),
+        title: format!("{many} queues with as many packets each are emptied at once"),
         packet_bytes: stretch.packet_len,
         flows: stretch.flows_per_queue * many,
         rows,
     };
-    Ok((scaling, report))
+    Ok((scaling, beside))
 }
 
 /// Counts, and says when it had as many as it was to have.

@@ -205,10 +205,15 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
         results.curves.push(rates(options, sandbox, &backends, &plan)?);
     }
     if wanted(Case::Scaling) {
-        let (found, _) = with_progress("several queues are emptied at once", |progress| {
-            scaling::scaling(sandbox, Stretch::default(), &plan, progress)
+        let stretch = Stretch::default();
+        let (found, beside) = with_progress("several queues are emptied at once", |progress| {
+            scaling::scaling(sandbox, stretch, &plan, progress)
         })?;
         results.scalings.push(found);
+        let title = "an engine beside a bare worker loop".to_owned();
+        results
+            .outcomes
+            .push(Outcome::of("engine", title, beside, Some(stretch.packet_len)));
     }
     if wanted(Case::Acts) {
         let (wakes, stops) = if options.quick { (100, 5) } else { (1_000, 30) };

@@ -61,6 +61,11 @@ const CASES: &[(&str, &str, &str)] = &[
         "Round trip",
         "One small packet at a time: a socket on one core sends it, the echo on another core sends it back.",
     ),
+    (
+        "engine",
+        "Engine",
+        "A queue that was filled with packets is emptied by a loop over a worker, and by an engine whose handler does as much.",
+    ),
 ];
 
 /// How each way is drawn, the same everywhere. Baselines share the first look.
@@ -657,13 +662,13 @@ mod tests {
         assert!(words.contains(&curve.title) && curve.lines.iter().all(|line| words.contains(&line.way)));
         assert!(results.scalings[0].rows.iter().all(|row| words.contains(&row.name)));
         assert!(results.acts[0].rows.iter().all(|row| words.contains(&row.name)));
-        // Two plots of throughput for each of three cases, two of round trips, four over rates, two of scaling.
+        // Two plots of throughput for each of three cases, two of round trips, one of the engine, four over rates, two of scaling.
         assert_eq!(
             document
                 .descendants()
                 .filter(|node| node.has_tag_name("figure"))
                 .count(),
-            14
+            15
         );
         let described = document
             .descendants()

@@ -145,7 +145,7 @@ const READING: &[(&str, &str)] = &[
         "Ways",
         "“Iface” is the plain loop: read(2) and write(2), one packet a call; “poll + read” polls before it reads. “worker, io_uring” is this library on a ring with registered buffers; \
          “worker, system calls” is the same library without io_uring. What follows is how it waits: nothing said: it sleeps at once; \
-         “spin”: watches for so long, then sleeps; “busy”: never sleeps; “moderate”: after the first packet waits a little for more.",
+         “spin”: watches for so long, then sleeps; “busy”: never sleeps; “moderate”: while packets keep coming, sleeps for a set time so that several gather.",
     ),
     (
         "CPU",

@@ -54,6 +54,19 @@ pub(super) fn results() -> Results {
         key: "round_trip",
         packet_len: None,
     });
+    let crews = [
+        "1 queue, a bare worker loop",
+        "1 queue, 1 worker",
+        "1 queue, 1 worker, histograms",
+    ];
+    outcomes.push(Outcome {
+        title: "an engine beside a bare worker loop".to_owned(),
+        note: None,
+        report: report(&mut noise, &crews, |way| (600.0 + 5.0 * way as f64, vec![])),
+        histograms: vec![],
+        key: "engine",
+        packet_len: Some(64),
+    });
     Results {
         machine: Machine {
             cpu_model: "AMD EPYC 9B14".to_owned(),
