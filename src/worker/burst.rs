@@ -26,7 +26,8 @@ impl Burst {
     #[inline]
     pub(super) fn next(&mut self, may_pass: bool) -> u32 {
         if self.run < self.expected {
-            return (self.expected - self.run).min(LONGEST);
+            // One more, so that this question finds the end.
+            return (self.expected - self.run + 1).min(LONGEST);
         }
         if may_pass && self.passes > 0 {
             self.passes -= 1;
@@ -40,6 +41,12 @@ impl Burst {
     #[inline]
     pub(super) fn gathered(&self) -> u32 {
         (self.expected + self.expected / 8 + 1).min(LONGEST)
+    }
+
+    /// Whether packets mostly come several at a time.
+    #[inline]
+    pub(super) fn expects_several(&self) -> bool {
+        self.expected >= 2
     }
 
     /// What is left of a run that has begun and is expected to go on; 0 between runs.

@@ -380,12 +380,13 @@ impl RingBackend {
         let port = ports.at(index);
         let next = if std::mem::take(&mut port.gathered) {
             port.burst.gathered()
-        } else if block && !in_hand {
+        } else if block && !in_hand && !port.readable {
             // With leave to wait, the armed read is the cheapest way to ask for what is not expected.
             port.burst.rest_of_run()
         } else {
             port.burst.next(in_hand)
         };
+        port.readable = false;
         if next == 0 {
             return false;
         }
@@ -412,7 +413,7 @@ impl RingBackend {
         got == asked
     }
 
-    /// Arms one read (queue) or poll (socket). `false` if there is no buffer for it.
+    /// Arms one read (queue) or poll (socket, and a busy queue). `false` if there is no buffer for it.
     fn arm(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
         let port = ports.at(index);
         if port.armed || port.is_gone() {
@@ -424,7 +425,8 @@ impl RingBackend {
         if cx.arena.available(port.account, port.class, 1) == 0 {
             return false;
         }
-        let entry = if port.is_udp() {
+        // Where several come at a time, the first one is best received with the others.
+        let entry = if port.is_udp() || port.burst.expects_several() {
             opcode::PollAdd::new(Fixed(index as u32 + 1), libc::POLLIN as u32)
                 .build()
                 .user_data(Tag::of(Tag::SOCKET, port.id.index, 0))
