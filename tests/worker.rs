@@ -177,13 +177,17 @@ fn waits(backend: Backend) {
         }
     }
     assert_eq!((first, third), (100, 1));
-    assert_eq!(
-        worker
-            .wait(Some(Instant::now() + Duration::from_millis(5)))
-            .unwrap()
-            .ready,
-        0
-    );
+    // After a pause the busy ones may be told once more; they are empty.
+    while worker
+        .wait(Some(Instant::now() + Duration::from_millis(5)))
+        .unwrap()
+        .ready
+        > 0
+    {
+        while let Some(port) = worker.next_ready() {
+            assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
+        }
+    }
     let stranger = Worker::new(&config(backend)).unwrap();
     assert!(stranger.counters(ports[0]).is_none());
 }
