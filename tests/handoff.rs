@@ -31,6 +31,10 @@ fn main() {
         add("peer addresses travel along", peers);
         add("a wait that spins or pauses sees packets too", other_waits);
     }
+    for backend in [Backend::IoUring, Backend::Syscalls] {
+        let name = format!("what waits on a hand-off keeps no other receive awake: {backend:?}");
+        trials.push(trial(name, move || other_port(backend)));
+    }
     trials.push(trial("a hand-off is for receiving, and for its own worker", one_way));
     trials.push(trial("an impossible capacity is refused", capacity));
     run(trials);
@@ -359,4 +363,31 @@ fn capacity() {
     assert!(worker.open_handoff(0).is_err());
     assert!(worker.open_handoff(513).is_err());
     assert!(worker.open_handoff(512).is_ok());
+}
+
+fn other_port(backend: Backend) {
+    let (tell, told) = std::sync::mpsc::channel();
+    let receiver = thread::spawn(move || {
+        let mut worker = worker(backend);
+        let (handed, mut handoff) = worker.open_handoff(4).unwrap();
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        tell.send((worker.stats_reader(), socket.local_addr().unwrap()))
+            .unwrap();
+        let port = worker.attach(socket).unwrap();
+        handoff.send(&numbered(0)).unwrap();
+        let mut batch = Batch::with_capacity(4);
+        assert_eq!(worker.recv_many(port, &mut batch).unwrap(), 1);
+        assert_eq!(&batch[0][..], b"datagram");
+        batch.clear();
+        assert_eq!(worker.recv_many(handed, &mut batch).unwrap(), 1);
+    });
+    let (stats, address) = told.recv().unwrap();
+    let end = Instant::now() + Duration::from_secs(20);
+    while stats.read().counters.sleeps == 0 {
+        assert!(Instant::now() < end, "it never sleeps");
+        thread::sleep(Duration::from_millis(1));
+    }
+    let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    socket.send_to(b"datagram", address).unwrap();
+    receiver.join().unwrap();
 }

@@ -80,6 +80,8 @@ pub(super) const RING_ENTRIES: u32 = 128;
 pub(super) const MOST_PORTS: usize = MOST_ACCOUNTS;
 /// Entries of the completion queue: whatever is in flight fits, so that it never overflows.
 pub(super) const RING_COMPLETIONS: u32 = (2 * (RING_ENTRIES + MOST_PORTS as u32)).next_power_of_two();
+/// What [`Wait::Moderate`] may pause for at most.
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// Datagrams per recvmmsg or sendmmsg.
 pub(super) const DATAGRAMS: usize = 64;
 
@@ -126,7 +128,7 @@ pub enum Wait {
     ///
     /// On the system-call backend the thread's timer slack (prctl(2), PR_SET_TIMERSLACK) is at its least while such a worker lives.
     Moderate {
-        /// The longest pause.
+        /// The longest pause: at most 100 ms.
         max: Duration,
     },
     /// Watches for `duration` without sleeping, then sleeps. [`Duration::MAX`] never sleeps. Saves the wake-up's latency for a core's time.

@@ -34,7 +34,7 @@ use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 use crate::queue::Queue;
 use crate::stats::{Books, Counters, StatsReader, WorkerStats};
 use crate::sys::socket::Datagrams;
-use config::{DATAGRAMS, MOST_PORTS};
+use config::{DATAGRAMS, LONGEST_PAUSE, MOST_PORTS};
 use moderation::Moderation;
 use port::{Port, Ports};
 use ring::RingBackend;
@@ -108,13 +108,23 @@ impl Context {
         self.waker.is_due()
     }
 
-    /// Sleeps, unless another thread handed something over meanwhile.
-    fn doze<T>(&mut self, ports: &mut Ports, sleep: impl FnOnce(&mut Self, &mut Ports) -> T) -> Option<T> {
-        if !ports.have_handoffs() {
+    /// Sleeps for all ports or for `only` one of them, unless another thread handed something over meanwhile.
+    fn doze<T>(
+        &mut self,
+        ports: &mut Ports,
+        only: Option<usize>,
+        sleep: impl FnOnce(&mut Self, &mut Ports) -> T,
+    ) -> Option<T> {
+        // What was handed over for another port must not keep it awake: nobody takes it now.
+        if !only.map_or(ports.have_handoffs(), |index| ports.at(index).is_handoff()) {
             return Some(sleep(self, ports));
         }
         self.waker.fall_asleep();
-        let slept = (!ports.any_ready()).then(|| sleep(self, ports));
+        let ready = match only {
+            Some(index) => ports.at(index).is_ready(),
+            None => ports.any_ready(),
+        };
+        let slept = (!ready).then(|| sleep(self, ports));
         self.waker.awake();
         slept
     }
@@ -753,6 +763,13 @@ fn check(config: &WorkerConfig) -> Result<(), OpenError> {
     }
     if config.receive_reserve == 0 {
         return refuse("receive_reserve must be at least 1, or a port could wait for ever".to_owned());
+    }
+    if let Wait::Moderate { max } = config.wait
+        && max > LONGEST_PAUSE
+    {
+        return refuse(format!(
+            "Wait::Moderate may pause for {max:?}; {LONGEST_PAUSE:?} is the most, as a stop waits for it"
+        ));
     }
     let bytes = config.arena().mapping_len();
     if bytes > MOST_BYTES {

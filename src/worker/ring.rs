@@ -360,7 +360,7 @@ impl RingBackend {
                 continue;
             }
             self.arm_doorbell();
-            cx.doze(ports, |cx, ports| self.sleep(cx, ports, None));
+            cx.doze(ports, Some(index), |cx, ports| self.sleep(cx, ports, None));
             if self.broken.is_some() {
                 return Err(self.broken_error());
             }
@@ -574,7 +574,7 @@ impl RingBackend {
                 let _ = ports.exists(index) && self.arm(cx, ports, index);
             }
         }
-        cx.doze(ports, |cx, ports| self.sleep(cx, ports, deadline));
+        cx.doze(ports, None, |cx, ports| self.sleep(cx, ports, deadline));
         self.health()
     }
 

@@ -64,7 +64,7 @@ impl SyscallBackend {
                 pause_for(cx, ports, pause);
                 continue;
             }
-            cx.doze(ports, |cx, ports| self.sleep(cx, ports, Some(index), None))
+            cx.doze(ports, Some(index), |cx, ports| self.sleep(cx, ports, Some(index), None))
                 .unwrap_or(Ok(()))
                 .map_err(|error| PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO)))?;
         }
@@ -113,7 +113,7 @@ impl SyscallBackend {
             // The ports that were not busy, and the doorbell.
             return self.look(cx, ports, None, Some(Duration::ZERO)).map(drop);
         }
-        cx.doze(ports, |cx, ports| self.sleep(cx, ports, None, deadline))
+        cx.doze(ports, None, |cx, ports| self.sleep(cx, ports, None, deadline))
             .unwrap_or(Ok(()))
     }
 
