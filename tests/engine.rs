@@ -64,7 +64,7 @@ fn main() {
             });
         }
     }
-    let single: [(&str, fn()); 9] = [
+    let single: [(&str, fn()); 16] = [
         ("workers are pinned, and say so", placement),
         ("four queues on two workers", shares_workers),
         ("a factory that fails or panics leaves nothing", factory_fails),
@@ -74,6 +74,16 @@ fn main() {
         ("a stop from a handler, from another thread, and by dropping", stops),
         ("histograms count every batch", histograms),
         ("a handler may hold what is not Send", not_send),
+        ("bounds without end are allowed", endless_bounds),
+        ("a stop is bounded while another one waits longer", two_stops),
+        ("a handler may stop the engine and wait for the others", stops_itself),
+        ("a worker that is stopped by its own waker stops all", own_waker),
+        ("the row of events ends though a stopper is kept", kept_stopper),
+        (
+            "commands are answered before the handler's destructor is waited for",
+            unanswered,
+        ),
+        ("renaming a device again and again is not its end", renames),
     ];
     for (name, work) in single {
         trials.push(trial(name, move || {
@@ -832,6 +842,10 @@ fn bad_settings() {
         buffers: 1,
         ..WorkerConfig::default()
     }));
+    refused(Engine::builder().config(WorkerConfig {
+        wait: Wait::Moderate { max: Duration::MAX },
+        ..WorkerConfig::default()
+    }));
     // A device whose packets do not fit is refused with its name.
     let big = device("e0", 1, HERE);
     big.set_mtu(9000).unwrap();
@@ -995,4 +1009,130 @@ fn idle() {
     assert_eq!(sleeps(engine.stats()), before, "somebody was woken");
     let used = process::process_cpu_time() - cpu;
     assert!(used < Duration::from_millis(50), "{used:?} in half a second of nothing");
+}
+
+fn endless_bounds() {
+    let engine = Engine::builder().workers(2).start(|_| Ok(Counting::new())).unwrap();
+    let stopper = engine.stopper();
+    let other = thread::spawn(move || stopper.stop());
+    assert_eq!(engine.wait_within(Duration::MAX), Some(Ended::Stopped));
+    other.join().unwrap();
+    assert!(engine.stop_within(Duration::MAX).is_clean());
+}
+
+fn two_stops() {
+    let (engine, number, let_go, entering) = stuck(Backend::Syscalls);
+    offer(number, 1, 1);
+    entering.recv().unwrap();
+    thread::scope(|scope| {
+        let patient = scope.spawn(|| engine.stop_within(Duration::from_secs(600)));
+        eventually("the first stop has begun", || {
+            engine.wait_within(Duration::ZERO) == Some(Ended::Stopped)
+        });
+        thread::sleep(Duration::from_millis(20));
+        let report = engine.stop_within(Duration::from_millis(20));
+        assert_eq!(report.workers[0].end, WorkerEnd::Stuck);
+        let_go.send(()).unwrap();
+        assert!(patient.join().unwrap().is_clean());
+    });
+}
+
+fn stops_itself() {
+    let engine = Arc::new(
+        Engine::builder()
+            .device(device("e0", 2, HERE))
+            .workers(2)
+            .start(|_| Ok(Counting::new()))
+            .unwrap(),
+    );
+    let inner = Arc::clone(&engine);
+    let report = engine
+        .run_on(0, move |_, _| inner.stop_within(Duration::from_secs(3600)))
+        .unwrap();
+    assert_eq!(report.workers[0].end, WorkerEnd::Stuck, "it was busy with the stop");
+    assert_eq!(report.workers[1].end, WorkerEnd::Clean);
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+fn own_waker() {
+    let engine = Engine::builder()
+        .device(device("e0", 2, HERE))
+        .workers(2)
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    engine.run_on(0, |_, worker| worker.waker().stop()).unwrap();
+    assert_eq!(engine.wait(), Ended::Stopped);
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+fn kept_stopper() {
+    let engine = Engine::builder().workers(1).start(|_| Ok(Counting::new())).unwrap();
+    let (stopper, events) = (engine.stopper(), engine.events());
+    drop(engine);
+    assert_eq!(events.next(), None);
+    stopper.stop();
+}
+
+fn unanswered() {
+    /// Waits at its end for somebody who waits for its worker.
+    struct Waiting(mpsc::Receiver<()>);
+    impl Handler for Waiting {
+        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {}
+    }
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            self.0.recv_timeout(Duration::from_secs(20)).unwrap();
+        }
+    }
+    let (answered, answer) = mpsc::channel();
+    let answer = std::sync::Mutex::new(Some(answer));
+    let engine = Engine::builder()
+        .workers(1)
+        .start(move |_| Ok(Waiting(answer.lock().unwrap().take().unwrap())))
+        .unwrap();
+    thread::scope(|scope| {
+        let (entered, entering) = mpsc::channel();
+        let (let_go, wait) = mpsc::channel::<()>();
+        let engine = &engine;
+        scope.spawn(move || {
+            let blocking = move |_: &mut Waiting, _: &mut Worker| {
+                entered.send(()).unwrap();
+                let _ = wait.recv();
+            };
+            engine.run_on(0, blocking).unwrap();
+        });
+        entering.recv().unwrap();
+        scope.spawn(move || {
+            assert!(matches!(engine.run_on(0, |_, _| ()), Err(ControlError::WorkerEnded)));
+            answered.send(()).unwrap();
+        });
+        // The second command lies in the channel by then, or is refused: it is not carried out either way.
+        thread::sleep(Duration::from_millis(20));
+        engine.stopper().stop();
+        drop(let_go);
+        let report = engine.stop_within(Duration::from_secs(60));
+        assert!(report.is_clean(), "{report}");
+    });
+}
+
+fn renames() {
+    let device = device("e0", 1, HERE);
+    let settings = device.device().unwrap().clone();
+    let engine = Engine::builder().device(device).start(|_| Ok(Counting::new())).unwrap();
+    let netlink = Handle::new().unwrap();
+    settings.set_up(false).unwrap();
+    for round in 0..2_000 {
+        netlink
+            .rename(settings.index(), if round % 2 == 0 { "e1" } else { "e0" })
+            .unwrap();
+    }
+    settings.set_mtu(1400).unwrap();
+    let events: Vec<Event> = std::iter::from_fn(|| engine.events().next_within(Duration::from_secs(10)))
+        .take_while(|event| !matches!(event, Event::MtuChanged { .. }))
+        .collect();
+    assert!(
+        events.iter().all(|event| matches!(event, Event::Down { .. })),
+        "{events:?}"
+    );
+    assert_eq!(engine.wait_within(Duration::ZERO), None);
 }

@@ -203,14 +203,11 @@ impl EngineBuilder {
             histograms: self.histograms,
         });
         let factory = Arc::new(factory);
-        let (ended_in, ended) = crossbeam_channel::bounded(count);
         let mut threads = Vec::with_capacity(count);
         // Dropping it stops and joins what was started by then.
         let mut engine = Engine {
             links: Vec::with_capacity(count),
             infos: Vec::with_capacity(count),
-            ended,
-            reports: Mutex::new(Vec::new()),
             events,
             watch: None,
             shared: Arc::clone(&shared),
@@ -225,41 +222,43 @@ impl EngineBuilder {
                 settings: Arc::clone(&settings),
                 shared: Arc::clone(&shared),
             };
-            let (factory, ended) = (Arc::clone(&factory), ended_in.clone());
+            let (factory, told) = (Arc::clone(&factory), Arc::clone(&shared));
             let (commands, obeyed) = crossbeam_channel::unbounded();
             let (ready, started) = crossbeam_channel::bounded(1);
             let name = seating.name.clone();
             let body = move || {
                 let name = seating.name.clone();
-                let report = match seating.take(obeyed, &*factory) {
+                let life = catch_unwind(AssertUnwindSafe(|| match seating.take(obeyed, &*factory) {
                     Ok((info, stats, thread, handler)) => {
                         drop(factory);
                         let _ = ready.send(Ok((info, stats)));
                         thread.run(handler)
                     }
                     Err(error) => {
-                        let end = WorkerEnd::Failed(error.to_string());
+                        let report = failed(&name, error.to_string());
                         let _ = ready.send(Err(error));
-                        WorkerReport {
-                            name,
-                            end,
-                            undelivered: 0,
-                        }
+                        report
                     }
-                };
-                // Nobody hears it if the engine was dropped while this worker was stuck.
-                let _ = ended.send((number, report));
+                }));
+                let report = life.unwrap_or_else(|panic| {
+                    // What the factory, a command or a panic held may panic when it is dropped.
+                    let why = format!("a destructor panicked: {}", message(&*panic));
+                    told.worker_failed(number, &why);
+                    failed(&name, why)
+                });
+                told.worker_ended(number, report);
             };
             let thread = thread::Builder::new().name(name).spawn(body).map_err(|error| {
                 OpenError::new(OpenErrorKind::Other, "pthread_create", &error, "no thread for a worker")
             });
-            threads.push((thread, started, commands));
+            threads.push((number, thread, started, commands));
         }
         let mut failure = None;
-        for (thread, started, commands) in threads {
+        for (number, thread, started, commands) in threads {
             match thread.map(|thread| (thread, started.recv())) {
                 Ok((thread, Ok(Ok((info, stats))))) => {
                     engine.links.push(Link {
+                        number,
                         commands,
                         id: thread.thread().id(),
                         thread: Mutex::new(Some(thread)),
@@ -267,17 +266,20 @@ impl EngineBuilder {
                     });
                     engine.infos.push(info);
                 }
-                Ok((thread, Ok(Err(error)))) => {
+                Ok((thread, answer)) => {
                     let _ = thread.join();
+                    let error = match answer {
+                        Ok(Err(error)) => error,
+                        _ => factory_error(number, "what the factory holds panicked when it was dropped"),
+                    };
                     failure.get_or_insert(error);
                 }
-                Ok((_, Err(_))) => unreachable!("a worker's thread says how it started"),
                 Err(error) => {
+                    shared.worker_ended(number, failed("", error.to_string()));
                     failure.get_or_insert(error);
                 }
             }
         }
-        *engine.reports() = vec![None; engine.links.len()];
         match failure {
             Some(error) => Err(error),
             None => {
@@ -436,6 +438,15 @@ impl Seating {
             histograms: self.settings.histograms.then(|| Box::new(Histograms::new())),
         };
         Ok((info, stats, thread, handler))
+    }
+}
+
+/// The report of a worker that never served.
+fn failed(name: &str, why: String) -> WorkerReport {
+    WorkerReport {
+        name: name.to_owned(),
+        end: WorkerEnd::Failed(why),
+        undelivered: 0,
     }
 }
 

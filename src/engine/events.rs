@@ -2,8 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -58,7 +58,7 @@ pub struct Events(Receiver<Event>);
 impl Events {
     pub(super) fn channel() -> (EventSender, Self) {
         let (sender, receiver) = crossbeam_channel::bounded(KEPT);
-        (EventSender(sender), Self(receiver))
+        (EventSender(Mutex::new(Some(sender))), Self(receiver))
     }
 
     /// The next event; waits for it. `None` once the engine is gone and all events were taken.
@@ -85,15 +85,22 @@ impl Iterator for Events {
     }
 }
 
-#[derive(Clone, Debug)]
-pub(super) struct EventSender(Sender<Event>);
+/// `None` once the engine is gone: stoppers and stuck workers outlive it, and must not keep those waiting that listen.
+#[derive(Debug)]
+pub(super) struct EventSender(Mutex<Option<Sender<Event>>>);
 
 impl EventSender {
     pub(super) fn send(&self, event: Event) {
-        match self.0.try_send(event) {
+        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match sender.as_ref().map(|sender| sender.try_send(event)) {
             // Nobody listens, or nobody has for a long time: the data path does not wait for them.
-            Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {}
+            None | Some(Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) => {}
         }
+    }
+
+    /// Nothing more will happen.
+    pub(super) fn close(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -183,10 +190,19 @@ fn watch(over: &(AtomicBool, OwnedFd), listening: &[OwnedFd], mut devices: Vec<W
 impl Watched {
     /// Compares what the kernel says now with what it said before.
     fn look(&mut self, shared: &Shared) {
-        let (Ok(name), Ok(up), Ok(mtu)) = (self.device.current_name(), self.device.is_up(), self.device.mtu()) else {
-            self.gone = true;
-            shared.device_gone(self.number, &self.name);
-            return;
+        let ask = || io::Result::Ok((self.device.current_name()?, self.device.is_up()?, self.device.mtu()?));
+        let (name, up, mtu) = match ask() {
+            Ok(answers) => answers,
+            Err(_) => {
+                // Settings are asked for by name: one that was just renamed seems to be gone, but its number is still known. The notice of
+                // the new name comes after this one.
+                let error = self.device.current_name().err();
+                if error.is_some_and(|error| error.raw_os_error() == Some(libc::ENODEV)) {
+                    self.gone = true;
+                    shared.device_gone(self.number, &self.name);
+                }
+                return;
+            }
         };
         self.name = name;
         if mtu != self.mtu {

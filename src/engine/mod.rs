@@ -15,7 +15,7 @@ mod shared;
 mod thread;
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
@@ -57,7 +57,8 @@ use shared::Shared;
 ///
 /// # Threads
 /// All methods may be called from any thread, but those that wait for a worker not from a handler of that worker
-/// ([`ControlError::OwnThread`]). None of them takes a lock that a worker needs while it moves packets.
+/// ([`ControlError::OwnThread`]). None of them takes a lock that a worker needs while it moves packets. Two handlers that each wait for a
+/// command to the other's worker wait for ever; where that can happen, use [`run_on_within`](Self::run_on_within).
 ///
 /// # Which worker sees a flow
 /// The kernel sends a flow's packets to the queue on which the flow was last written to by this device's user (automatic steering, a table of
@@ -71,8 +72,6 @@ use shared::Shared;
 pub struct Engine<H> {
     links: Vec<Link<H>>,
     infos: Vec<WorkerInfo>,
-    ended: Receiver<(usize, WorkerReport)>,
-    reports: Mutex<Vec<Option<WorkerReport>>>,
     events: Events,
     /// `None` if the kernel lets nobody listen; then only the data path tells of devices.
     watch: Option<Watch>,
@@ -81,6 +80,7 @@ pub struct Engine<H> {
 
 /// The engine's end of one worker.
 struct Link<H> {
+    number: usize,
     commands: Sender<Command<H>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     id: ThreadId,
@@ -148,7 +148,8 @@ impl<H> Engine<H> {
 
     /// Waits like [`wait`](Self::wait), but not longer than `bound`.
     pub fn wait_within(&self, bound: Duration) -> Option<Ended> {
-        self.shared.wait(Some(Instant::now() + bound))
+        // Too far away to be named is never.
+        self.shared.wait(Instant::now().checked_add(bound))
     }
 
     /// Stops all workers and waits for them, at most for `bound`.
@@ -156,25 +157,15 @@ impl<H> Engine<H> {
     /// Each worker finishes what its handler does at the moment, receives nothing more, calls [`Handler::stopping`], lets the kernel
     /// finish, and closes its queues and sockets. One that does not come back from its handler is reported as stuck and ends when it does;
     /// calling this again finds out. When all others are reported, this process holds their devices no more.
+    ///
+    /// Called by a handler, it does not wait for that handler's worker, which is reported as stuck and ends when the handler returns.
     pub fn stop_within(&self, bound: Duration) -> StopReport {
         let start = Instant::now();
         self.shared.stop();
-        let mut reports = self.reports();
-        let deadline = start + bound;
-        while reports.iter().any(Option::is_none) {
-            match self
-                .ended
-                .recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            {
-                Ok((number, report)) => {
-                    if let Some(link) = self.links.get(number) {
-                        link.join();
-                    }
-                    if let Some(place) = reports.get_mut(number) {
-                        *place = Some(report);
-                    }
-                }
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => break,
+        let reports = self.shared.wait_for_ends(start.checked_add(bound), self.own_worker());
+        for link in &self.links {
+            if reports[link.number].is_some() {
+                link.join();
             }
         }
         StopReport {
@@ -194,9 +185,10 @@ impl<H> Engine<H> {
         }
     }
 
-    fn reports(&self) -> MutexGuard<'_, Vec<Option<WorkerReport>>> {
-        // Each report is put there at once or not at all.
-        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The worker whose thread this is.
+    fn own_worker(&self) -> Option<usize> {
+        let here = std::thread::current().id();
+        self.links.iter().find(|link| link.id == here).map(|link| link.number)
     }
 
     fn link(&self, worker: usize) -> Result<&Link<H>, ControlError> {
@@ -358,6 +350,7 @@ impl<H> Link<H> {
 impl<H> Drop for Engine<H> {
     fn drop(&mut self) {
         self.stop_within(DROP_BOUND);
+        self.shared.events.close();
     }
 }
 

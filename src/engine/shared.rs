@@ -6,7 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::events::{Event, EventSender};
-use super::report::{Ended, OnPanic};
+use super::report::{Ended, OnPanic, WorkerReport};
 use crate::worker::Waker;
 
 #[derive(Debug)]
@@ -27,17 +27,23 @@ pub(super) struct Shared {
 struct Causes {
     untold: VecDeque<Ended>,
     stopped: bool,
+    /// What became of each worker that has ended.
+    reports: Vec<Option<WorkerReport>>,
 }
 
 impl Shared {
     pub(super) fn new(events: EventSender, on_panic: OnPanic, wakers: Vec<Waker>, devices: usize) -> Self {
+        let causes = Causes {
+            reports: vec![None; wakers.len()],
+            ..Causes::default()
+        };
         Self {
             events,
             on_panic,
             wakers,
             ending: AtomicBool::new(false),
             gone: (0..devices).map(|_| AtomicBool::new(false)).collect(),
-            causes: Mutex::default(),
+            causes: Mutex::new(causes),
             news: Condvar::new(),
         }
     }
@@ -96,15 +102,39 @@ impl Shared {
         }
     }
 
+    /// The last word of a worker's thread.
+    pub(super) fn worker_ended(&self, worker: usize, report: WorkerReport) {
+        if let Some(place) = self.causes().reports.get_mut(worker) {
+            *place = Some(report);
+        }
+        self.news.notify_all();
+    }
+
+    /// Waits until all workers but one have ended, at most until `deadline`. Returns what is known by then.
+    pub(super) fn wait_for_ends(&self, deadline: Option<Instant>, but: Option<usize>) -> Vec<Option<WorkerReport>> {
+        let ends = |causes: &mut Causes| {
+            let mut reports = causes.reports.iter().enumerate();
+            reports
+                .all(|(worker, report)| report.is_some() || Some(worker) == but)
+                .then_some(())
+        };
+        self.wait_until(deadline, ends);
+        self.causes().reports.clone()
+    }
+
     /// Waits for the next cause, at most until `deadline`.
     pub(super) fn wait(&self, deadline: Option<Instant>) -> Option<Ended> {
+        self.wait_until(deadline, |causes| {
+            let untold = causes.untold.pop_front();
+            untold.or_else(|| causes.stopped.then_some(Ended::Stopped))
+        })
+    }
+
+    fn wait_until<T>(&self, deadline: Option<Instant>, mut found: impl FnMut(&mut Causes) -> Option<T>) -> Option<T> {
         let mut causes = self.causes();
         loop {
-            if let Some(cause) = causes.untold.pop_front() {
-                return Some(cause);
-            }
-            if causes.stopped {
-                return Some(Ended::Stopped);
+            if let Some(found) = found(&mut causes) {
+                return Some(found);
             }
             let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
             causes = match left {

@@ -57,10 +57,13 @@ impl<H: Handler> Thread<H> {
         if let Some(why) = &failure {
             self.shared.worker_failed(self.number, why);
         }
-        // Its destructor may fail as well, and what it holds outlives the worker without harm.
-        let dropped = catch_unwind(AssertUnwindSafe(|| drop(handler)));
+        // Who waits for a command is not kept waiting by the handler's destructor.
+        let commands = self.commands;
+        // Destructors may fail as well, and what the handler holds outlives the worker without harm.
+        let dropped = catch_unwind(AssertUnwindSafe(move || drop(commands)))
+            .and(catch_unwind(AssertUnwindSafe(move || drop(handler))));
         let failure = failure.or_else(|| {
-            let why = format!("the handler's destructor panicked: {}", message(&*dropped.err()?));
+            let why = format!("a destructor panicked: {}", message(&*dropped.err()?));
             self.shared.worker_failed(self.number, &why);
             Some(why)
         });
@@ -80,6 +83,8 @@ impl<H: Handler> Thread<H> {
         loop {
             let wake = self.worker.wait(handler.deadline())?;
             if wake.stopped {
+                // Mostly it knows; not if this worker alone was stopped, by its own waker.
+                self.shared.stop();
                 return Ok(());
             }
             if wake.woken {
