@@ -61,10 +61,20 @@ use shared::Shared;
 /// command to the other's worker wait for ever; where that can happen, use [`run_on_within`](Self::run_on_within).
 ///
 /// # Which worker sees a flow
-/// The kernel sends a flow's packets to the queue on which the flow was last written to by this device's user (automatic steering, a table of
-/// 4,096 flows that expire after three seconds), and hashes those that it does not know. So if a worker sends the answers of a flow on the
-/// queue on which the flow came in, both directions stay on that worker. What breaks this: answering on another queue (the flow follows
-/// after a few packets), silence of more than three seconds, IP fragments (hashed without ports), and queues that come or go.
+/// The kernel steers by itself (tun_flow_update and tun_automq_select_queue in drivers/net/tun.c): a flow's packets go to the queue on which
+/// this device's user last wrote a packet of it, in either direction; flows that were not written to go by a hash of addresses, protocol
+/// and ports. So if a worker sends the answers of a flow on the queue on which the flow came in, both directions stay on that worker; and
+/// if worker k forwards from queue k of one device to queue k of another, both directions of what it forwards stay on worker k.
+///
+/// What moves a flow to another queue:
+/// - One packet of it that is written there: the flow follows at once. What lies in the old queue stays there, so that order between the
+///   two workers is lost for a moment.
+/// - Nothing being written to it for three seconds (TUN_FLOW_EXPIRE; four or more, as the kernel looks seldom): it goes by its hash again.
+///   Packets that come do not count. To write is enough to bring it back.
+/// - More than 4,096 flows: those beyond are not remembered, and go by their hash.
+/// - Fragments: they go by addresses and protocol alone, all fragments between two hosts to one queue, wherever their flow is.
+/// - A queue more: flows that are not remembered are spread anew. A queue less: the device's last queue takes its number and its flows, and
+///   the last one's flows go to the first queue, until they are written to again.
 ///
 /// # The end
 /// [`stop_within`](Self::stop_within) ends all workers and says how they ended. Dropping the engine does the same, within three seconds, and
