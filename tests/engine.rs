@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Trial, need_tun, trial};
+use tun_driver::lab::generator::{self, Generator, Limit};
 use tun_driver::lab::packet::Framing;
 use tun_driver::lab::{Filler, Tracker, process, sysctl};
 use tun_driver::netlink::Handle;
@@ -92,6 +93,27 @@ fn main() {
         }));
     }
     trials.push(trial("an idle engine sleeps", idle).alone());
+    let paced: [Check; 4] = [
+        ("packets gather where many come, and all come", lingers),
+        ("packets do not gather where few come", lingers_not),
+        ("a partner that waits is not kept waiting", ping_pong),
+        ("commands and a stop are taken between pauses", taken_between_pauses),
+    ];
+    for (name, work) in paced {
+        for backend in [Backend::IoUring, Backend::Syscalls] {
+            let paced = trial(format!("{name} (paced, {backend:?})"), move || {
+                need_tun();
+                work(backend);
+            });
+            trials.push(paced.alone());
+        }
+    }
+    trials.push(trial("out of descriptors, an engine says so and leaves nothing", descriptors).alone());
+    for errno in ["EINTR", "EAGAIN", "ENOMEM"] {
+        let name = format!("entries into rings that fail with {errno} are made again by engines");
+        let trial = trial(name, move || entries_fail(errno, each.len()));
+        trials.push(trial.alone().bound(Duration::from_secs(120)));
+    }
     common::run(trials);
 }
 
@@ -1135,4 +1157,194 @@ fn renames() {
         "{events:?}"
     );
     assert_eq!(engine.wait_within(Duration::ZERO), None);
+}
+
+/// An engine with one queue that holds all that is sent, and a generator of packets to it.
+fn paced(backend: Backend, wait: Wait, rate: u64, time: Duration) -> (Engine<Counting>, Generator) {
+    quiet();
+    let device = Builder::new("e0", Mode::Tun)
+        .address(HERE.parse::<std::net::Ipv4Addr>().unwrap(), 24)
+        .txqueuelen(100_000)
+        .up(true)
+        .open()
+        .unwrap();
+    let engine = Engine::builder()
+        .device(device)
+        .config(WorkerConfig {
+            wait,
+            ..config(backend)
+        })
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let generator = Generator::new(&generator::Config {
+        rate: Some(rate),
+        limit: Limit::Time(time),
+        ..generator::Config::new((THERE.parse::<std::net::IpAddr>().unwrap(), 9).into())
+    });
+    (engine, generator.unwrap())
+}
+
+/// Sends at this rate; all packets must come, in order. Returns how many these were, and how often the worker paused.
+fn pauses(backend: Backend, wait: Wait, rate: u64) -> (u64, u64) {
+    let (engine, mut generator) = paced(backend, wait, rate, Duration::from_millis(200));
+    let generated = generator.run(&Default::default()).unwrap();
+    assert!(generated.sent > rate / 50, "{generated:?}");
+    eventually("all packets", || received(&engine) >= generated.sent);
+    let mut tracker = engine
+        .run_on(0, |handler, _| std::mem::take(&mut handler.tracker))
+        .unwrap();
+    generated.tell(&mut tracker);
+    tracker.summary().assert_all();
+    (generated.sent, engine.stats().workers[0].counters.lingers)
+}
+
+fn lingers(backend: Backend) {
+    let (packets, pauses) = pauses(backend, Wait::default(), 200_000);
+    assert!(pauses > 0, "{packets} packets");
+    let (packets, pauses) = self::pauses(backend, Wait::Block, 200_000);
+    assert_eq!(pauses, 0, "{packets} packets");
+}
+
+fn lingers_not(backend: Backend) {
+    let (packets, pauses) = pauses(backend, Wait::default(), 2_000);
+    // A worker that does not run for a moment sees several at once.
+    assert!(pauses * 20 < packets, "{pauses} pauses for {packets} packets");
+}
+
+fn ping_pong(backend: Backend) {
+    const TRIPS: u64 = 2_000;
+    let engine = Engine::builder()
+        .device(device("e0", 1, HERE))
+        .config(config(backend))
+        .start_fn(|worker: &mut Worker, port: PortId, batch: &mut Batch| {
+            for packet in batch.iter_mut() {
+                let (source, target) = packet[12..20].split_at_mut(4);
+                source.swap_with_slice(target);
+                let (source, target) = packet[20..24].split_at_mut(2);
+                source.swap_with_slice(target);
+            }
+            let _sent = worker.send_many(port, batch);
+        })
+        .unwrap();
+    let client = UdpSocket::bind((HERE, 0)).unwrap();
+    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client.connect((THERE, 7)).unwrap();
+    for number in 0..TRIPS {
+        client.send(&number.to_be_bytes()).unwrap();
+        let mut answer = [0; 8];
+        client.recv(&mut answer).unwrap();
+        assert_eq!(answer, number.to_be_bytes());
+    }
+    let pauses = engine.stats().workers[0].counters.lingers;
+    assert!(pauses * 10 < TRIPS, "{pauses} of {TRIPS} answers were delayed");
+}
+
+fn taken_between_pauses(backend: Backend) {
+    let (engine, mut generator) = paced(backend, Wait::default(), 100_000, Duration::from_secs(20));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| generator.run(&over));
+        let pauses = || engine.stats().workers[0].counters.lingers;
+        eventually("pauses", || pauses() > 10);
+        let before = pauses();
+        for number in 0..200 {
+            assert_eq!(engine.run_on(0, move |_, _| number).unwrap(), number);
+        }
+        eventually("more pauses", || pauses() > before);
+        let report = engine.stop_within(Duration::from_secs(10));
+        over.store(true, Ordering::Relaxed);
+        assert!(report.is_clean(), "{report}");
+    });
+}
+
+/// Sets how many descriptors this process may have, until dropped.
+struct DescriptorLimit(libc::rlimit);
+
+impl DescriptorLimit {
+    fn set(most: u64) -> Self {
+        let mut before = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: the kernel writes one such struct to where one is.
+        assert_eq!(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut before) }, 0);
+        let limit = libc::rlimit {
+            rlim_cur: most,
+            ..before
+        };
+        // SAFETY: the kernel reads one such struct.
+        assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) }, 0);
+        Self(before)
+    }
+}
+
+impl Drop for DescriptorLimit {
+    fn drop(&mut self) {
+        // SAFETY: the kernel reads one such struct.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const self.0) };
+    }
+}
+
+fn descriptors() {
+    for forced in [None, Some(Backend::IoUring), Some(Backend::Syscalls)] {
+        let (mut failed, mut started) = (0, 0);
+        for spare in 0..16 {
+            let before = process::open_descriptors().unwrap();
+            let device = device("e0", 2, HERE);
+            // The listing of the folder took one that is free again.
+            let limit = DescriptorLimit::set(process::open_descriptors().unwrap() as u64 - 1 + spare);
+            let engine = Engine::builder()
+                .device(device)
+                .workers(2)
+                .config(WorkerConfig {
+                    backend: forced,
+                    ..WorkerConfig::default()
+                })
+                .start(|_| Ok(Counting::new()));
+            drop(limit);
+            match engine {
+                Ok(engine) => {
+                    started += 1;
+                    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+                }
+                Err(error) => {
+                    failed += 1;
+                    assert_eq!(error.kind(), OpenErrorKind::DescriptorLimit, "{error}");
+                    assert!(error.to_string().contains("ulimit -n"), "{error}");
+                }
+            }
+            assert!(Handle::new().unwrap().index_of("e0").is_err());
+            eventually("no descriptor is left", || {
+                process::open_descriptors().unwrap() <= before
+            });
+            eventually("no thread is left", || {
+                process::threads().unwrap().iter().all(|name| !name.starts_with("e0:"))
+            });
+        }
+        assert!(failed > 0, "{forced:?}");
+        // A ring's table of files wants a limit above 257.
+        assert!(started > 0 || forced == Some(Backend::IoUring), "{forced:?}");
+    }
+}
+
+/// The engine's trials on rings, with entries that fail now and then.
+fn entries_fail(errno: &str, trials: usize) {
+    need_tun();
+    common::need_program("strace", "strace");
+    let output = std::process::Command::new("strace")
+        .args(["-f", "-o", "/dev/null", "-e", "trace=io_uring_enter"])
+        .args(["-e", &format!("inject=io_uring_enter:error={errno}:when=3+4")])
+        .arg(std::env::current_exe().unwrap())
+        .args(["IoUring", "--skip", "paced"])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if errors.contains("ptrace(PTRACE") {
+        common::skip("strace may not trace here");
+    }
+    assert!(
+        output.status.success() && told.contains(&format!("{trials} passed")),
+        "{told}{errors}"
+    );
 }

@@ -281,6 +281,27 @@ fn refused(errno: i32) {
     Filler::new(index, THERE.into(), 1).unwrap().fill(5, 64).unwrap();
     let mut batch = Batch::with_capacity(64);
     assert_eq!(port.recv_many(&mut batch), Ok(5));
+    // An engine's threads are children of this one, and refused too.
+    let start = |backend| {
+        let config = WorkerConfig {
+            backend,
+            ..WorkerConfig::default()
+        };
+        let device = Builder::new("t1", Mode::Tun).queues(2).open().unwrap();
+        let builder = tun_driver::Engine::builder().device(device).workers(2).config(config);
+        builder.start_fn(|_: &mut Worker, _: tun_driver::PortId, _: &mut Batch| {})
+    };
+    let error = start(Some(Backend::IoUring)).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.raw_os_error()),
+        (OpenErrorKind::IoUring, Some(errno))
+    );
+    let engine = start(None).unwrap();
+    for worker in engine.workers() {
+        assert_eq!(worker.backend.backend, Backend::Syscalls);
+        assert!(worker.backend.why.contains("io_uring"), "{}", worker.backend.why);
+    }
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
 }
 
 fn refuse_ring(errno: i32) {

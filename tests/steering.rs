@@ -14,13 +14,14 @@ use tun_driver::lab::{Filler, Namespace, Tracker, sysctl};
 use tun_driver::{Batch, Builder, Endpoint, Engine, Handler, Mode, MultiQueue, PortId, Worker};
 
 fn main() {
-    let trials: [(&str, fn()); 7] = [
+    let trials: [(&str, fn()); 8] = [
         ("a flow that is answered where it came in stays there", stays),
         ("both directions of a TCP connection stay on one worker", tcp),
         ("a flow follows the queue that it was last written to, at once", follows),
         ("fragments go by addresses, whatever their flow", fragments),
         ("IPv6 flows are told apart by ports", ipv6),
         ("a flow that is not written to goes by its hash again", expires),
+        ("a queue that goes leaves its flows to the last one", queue_less),
         ("no packet is lost while queues come and go", come_and_go),
     ];
     common::run(
@@ -336,6 +337,24 @@ fn expires() {
     // And back, as soon as it is written to again.
     write_to(&engine, other, far, near);
     assert_eq!(queue_of(&engine, &client, far), other);
+}
+
+/// The last queue takes the place of the one that goes, with its flows; its own go somewhere, and back when they are written to.
+fn queue_less() {
+    let engine = start(vec![device("s0", 4, HERE)], 1, Answer::Nothing);
+    let (client, of_gone, of_last) = (client(), (THERE, 7).into(), (THERE, 8).into());
+    let near = client.local_addr().unwrap();
+    write_to(&engine, 1, of_gone, near);
+    write_to(&engine, 3, of_last, near);
+    assert_eq!(queue_of(&engine, &client, of_gone), 1);
+    assert_eq!(queue_of(&engine, &client, of_last), 3);
+    let gone = engine.run_on(0, |handler, _| handler.ports[1].0).unwrap();
+    drop(engine.detach(0, gone).unwrap());
+    assert_eq!(queue_of(&engine, &client, of_gone), 3);
+    // Wherever that is: it arrives, once.
+    let _somewhere = queue_of(&engine, &client, of_last);
+    write_to(&engine, 3, of_last, near);
+    assert_eq!(queue_of(&engine, &client, of_last), 3);
 }
 
 /// Counts what it sees.
