@@ -912,6 +912,7 @@ fn events() {
     watch(&engine, &settings, &Handle::new().unwrap());
     let events = engine.events();
     drop(engine);
+    assert_eq!(events.next(), Some(Event::Stopping));
     assert_eq!(events.next(), None, "the engine is gone, and the row ends");
 }
 
@@ -1091,6 +1092,7 @@ fn kept_stopper() {
     let engine = Engine::builder().workers(1).start(|_| Ok(Counting::new())).unwrap();
     let (stopper, events) = (engine.stopper(), engine.events());
     drop(engine);
+    assert_eq!(events.next(), Some(Event::Stopping));
     assert_eq!(events.next(), None);
     stopper.stop();
 }

@@ -1,5 +1,6 @@
 //! What happens to an engine's devices and workers, told to who wants to know.
 
+use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -46,9 +47,24 @@ pub enum Event {
         /// The message of the panic, or the error.
         why: String,
     },
+    /// The engine was asked to stop, or stops because a worker failed. Told once; workers may still fail while they stop.
+    Stopping,
 }
 
-/// Events that nobody took are kept up to that many; then the newest are dropped.
+impl fmt::Display for Event {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Up { device } => write!(f, "{device} is up"),
+            Self::Down { device } => write!(f, "{device} is down"),
+            Self::MtuChanged { device, mtu } => write!(f, "{device} has an MTU of {mtu} bytes now"),
+            Self::Gone { device } => write!(f, "{device} is gone"),
+            Self::WorkerFailed { worker, why } => write!(f, "worker {worker} failed: {why}"),
+            Self::Stopping => f.write_str("the engine stops"),
+        }
+    }
+}
+
+/// Events that nobody took are kept up to that many; then the oldest are dropped.
 const KEPT: usize = 1024;
 
 /// The events of an engine, in order. Made by [`Engine::events`](crate::Engine::events); clones share the same events.
@@ -58,7 +74,10 @@ pub struct Events(Receiver<Event>);
 impl Events {
     pub(super) fn channel() -> (EventSender, Self) {
         let (sender, receiver) = crossbeam_channel::bounded(KEPT);
-        (EventSender(Mutex::new(Some(sender))), Self(receiver))
+        (
+            EventSender(Mutex::new(Some((sender, receiver.clone())))),
+            Self(receiver),
+        )
     }
 
     /// The next event; waits for it. `None` once the engine is gone and all events were taken.
@@ -87,14 +106,16 @@ impl Iterator for Events {
 
 /// `None` once the engine is gone: stoppers and stuck workers outlive it, and must not keep those waiting that listen.
 #[derive(Debug)]
-pub(super) struct EventSender(Mutex<Option<Sender<Event>>>);
+pub(super) struct EventSender(Mutex<Option<(Sender<Event>, Receiver<Event>)>>);
 
 impl EventSender {
     pub(super) fn send(&self, event: Event) {
-        let sender = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match sender.as_ref().map(|sender| sender.try_send(event)) {
-            // Nobody listens, or nobody has for a long time: the data path does not wait for them.
-            None | Some(Ok(()) | Err(TrySendError::Full(_) | TrySendError::Disconnected(_))) => {}
+        let row = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((sender, receiver)) = &*row else { return };
+        if let Err(TrySendError::Full(event)) = sender.try_send(event) {
+            // Nobody has listened for a long time, and nobody waits for them: the oldest makes room. Only this thread sends meanwhile.
+            let _ = receiver.try_recv();
+            let _ = sender.try_send(event);
         }
     }
 
@@ -221,5 +242,26 @@ impl Watched {
                 Event::Down { device }
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_nobody_takes_makes_room_for_what_is_new() {
+        let (sender, events) = Events::channel();
+        for mtu in 0..KEPT as u32 {
+            let device = "e0".to_owned();
+            sender.send(Event::MtuChanged { device, mtu });
+        }
+        sender.send(Event::Stopping);
+        sender.close();
+        sender.send(Event::Stopping);
+        let kept: Vec<Event> = events.collect();
+        assert_eq!(kept.len(), KEPT);
+        assert!(matches!(kept[0], Event::MtuChanged { mtu: 1, .. }));
+        assert_eq!(kept[KEPT - 1], Event::Stopping);
     }
 }

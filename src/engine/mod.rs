@@ -131,7 +131,7 @@ impl<H> Engine<H> {
         }
     }
 
-    /// What happens to the devices and workers. All that ask share one row of events; up to 1,024 are kept for them.
+    /// What happens to the devices and workers. All that ask share one row of events; the newest 1,024 are kept for them.
     pub fn events(&self) -> Events {
         self.events.clone()
     }

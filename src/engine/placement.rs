@@ -1,5 +1,7 @@
 //! Which core a worker runs on.
 
+use std::fmt;
+
 use core_affinity::CoreId;
 
 use crate::error::{OpenError, OpenErrorKind};
@@ -36,6 +38,16 @@ pub enum Pin {
     },
     /// It was not to be pinned.
     Unpinned,
+}
+
+impl fmt::Display for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Core(core) => write!(f, "on core {core}"),
+            Self::Failed { core, why } => write!(f, "on any core, as core {core} was refused: {why}"),
+            Self::Unpinned => f.write_str("on any core"),
+        }
+    }
 }
 
 /// The cores that the calling thread may use, in rising order.

@@ -11,12 +11,19 @@ use crate::worker::BackendReport;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct WorkerInfo {
-    /// The name of its thread: its first queue, as in `gw0:q1`, or `worker1`; at most 15 bytes.
+    /// The name of its thread: its first queue, as in `gw0:q1`, or `tun-worker1`; at most 15 bytes.
     pub name: String,
     /// Where it runs.
     pub pin: Pin,
     /// How it moves packets, and why so.
     pub backend: BackendReport,
+}
+
+impl fmt::Display for WorkerInfo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, pin, backend } = self;
+        write!(f, "{name}: {:?} ({}), {pin}", backend.backend, backend.why)
+    }
 }
 
 /// The books of all workers at one moment.
@@ -58,6 +65,16 @@ pub enum Ended {
     },
 }
 
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stopped => f.write_str("the engine was asked to stop"),
+            Self::DeviceGone { device } => write!(f, "{device} is gone"),
+            Self::WorkerFailed { worker, why } => write!(f, "worker {worker} failed: {why}"),
+        }
+    }
+}
+
 /// What to do when a handler panics. Its queues and sockets are closed at once in any case, so that their flows move to other queues.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -81,6 +98,17 @@ pub enum WorkerEnd {
     Stuck,
     /// The kernel did not let go of its memory in time, which is therefore leaked. Its queues and sockets are closed.
     Leaked,
+}
+
+impl fmt::Display for WorkerEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Clean => "clean",
+            Self::Failed(why) => why,
+            Self::Stuck => "stuck in its handler",
+            Self::Leaked => "ended, but the kernel kept its memory",
+        })
+    }
 }
 
 /// What a worker left.
@@ -117,18 +145,12 @@ impl StopReport {
 impl fmt::Display for StopReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for worker in &self.workers {
-            let end = match &worker.end {
-                WorkerEnd::Clean => "clean",
-                WorkerEnd::Failed(why) => why,
-                WorkerEnd::Stuck => "stuck in its handler",
-                WorkerEnd::Leaked => "ended, but the kernel kept its memory",
-            };
-            writeln!(f, "{}: {end}, {} undelivered", worker.name, worker.undelivered)?;
+            writeln!(f, "{}: {}, {} undelivered", worker.name, worker.end, worker.undelivered)?;
         }
         let total = self.stats.total();
         write!(
             f,
-            "{} received, {} sent, {} refused; stopped in {:.1} ms",
+            "total: {} received, {} sent, {} refused; stopped in {:.1} ms",
             total.received_packets,
             total.sent_packets,
             total.refused_packets,

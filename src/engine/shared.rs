@@ -56,7 +56,9 @@ impl Shared {
     pub(super) fn stop(&self) {
         self.ending.store(true, Ordering::Release);
         self.wakers.iter().for_each(Waker::stop);
-        self.causes().stopped = true;
+        if !std::mem::replace(&mut self.causes().stopped, true) {
+            self.events.send(Event::Stopping);
+        }
         self.news.notify_all();
     }
 
