@@ -27,12 +27,14 @@ fn main() {
         trial("an unknown option is refused", unknown_option),
     ];
     type Check = fn(Backend);
-    let checks: [(&str, Check); 8] = [
+    let checks: [(&str, Check); 10] = [
         ("worker_loop echoes UDP", worker_loop),
         ("icmp_echo answers ping", icmp_echo),
         ("icmp_echo answers only what it should", icmp_echo_is_choosy),
         ("forward carries UDP between two namespaces", forward),
         ("forward drops for a device that is down, and goes on", forward_down),
+        ("gateway carries UDP between two namespaces, on two workers", gateway),
+        ("gateway ends with either device, and tells", gateway_ends),
         ("udp_tunnel carries UDP and TCP between two processes", udp_tunnel),
         (
             "worker_loop, forward and udp_tunnel end with their device",
@@ -472,6 +474,63 @@ impl Pair {
         assert!(server.wait().success());
         true
     }
+}
+
+fn gateway(backend: Backend) {
+    const FLOWS: u64 = 16;
+    const ROUNDS: u64 = 20;
+    let right = Namespace::new().unwrap();
+    let mut running = start_gateway(&right, backend);
+    let far = right.run(|| socket("198.18.5.2:5000")).unwrap();
+    let near: Vec<UdpSocket> = (0..FLOWS).map(|_| socket("198.18.5.1:0")).collect();
+    for number in 0..ROUNDS {
+        for socket in &near {
+            socket.send_to(&stamped(number, 1472), "198.18.5.2:5000").unwrap();
+            let mut buffer = [0; 2000];
+            let (length, from) = far.recv_from(&mut buffer).expect("a datagram");
+            assert_eq!(buffer[..length], stamped(number, 1472));
+            far.send_to(&stamped(number + 1000, 100), from).unwrap();
+            assert_received(socket, &stamped(number + 1000, 100));
+        }
+    }
+    // Each worker says so, now and then.
+    let mut silent = vec!["worker 0: ", "worker 1: "];
+    while !silent.is_empty() {
+        let line = running.line("worker ");
+        silent.retain(|worker| !line.starts_with(worker));
+    }
+    let report = running.stop();
+    assert!(report.contains("the engine stops"), "{report}");
+    for worker in ["left0:q0: clean", "left0:q1: clean"] {
+        line_of(&report, worker);
+    }
+    let total = line_of(&report, "total: ");
+    let numbers: Vec<u64> = total.split(' ').filter_map(|word| word.parse().ok()).collect();
+    let &[received, sent, refused] = &numbers[..3] else {
+        panic!("{report}")
+    };
+    assert!(received >= sent && sent >= 2 * FLOWS * ROUNDS, "{report}");
+    assert_eq!(refused, 0, "{report}");
+}
+
+fn gateway_ends(backend: Backend) {
+    let right = Namespace::new().unwrap();
+    let mut running = start_gateway(&right, backend);
+    let there = right.run(Handle::new).unwrap().unwrap();
+    there.set_up(there.index_of("right0").unwrap(), false).unwrap();
+    running.line("right0 is down");
+    let netlink = Handle::new().unwrap();
+    netlink.delete(netlink.index_of("left0").unwrap()).unwrap();
+    assert_eq!(running.wait().code(), Some(1));
+    let errors = running.errors();
+    assert!(errors.contains("left0 is gone"), "{errors}");
+}
+
+fn start_gateway(right: &Namespace, backend: Backend) -> Process {
+    let options = [&path_of(right), "2", "--seconds", SECONDS, "--backend", option(backend)];
+    let mut running = example("gateway", &options);
+    running.line("ready");
+    running
 }
 
 fn start_forward(right: &Namespace, backend: Backend) -> Process {

@@ -90,14 +90,19 @@ impl Cli {
     ///
     /// A signal does not end a worker's wait; its waker does, from any thread.
     pub fn stop_at_the_end(&self, waker: Waker) -> Result<(), Box<dyn Error>> {
+        self.call_at_the_end(move || waker.stop())
+    }
+
+    /// Calls `stop` at Ctrl-C (or SIGTERM), and after `--seconds`, on another thread.
+    pub fn call_at_the_end(&self, stop: impl Fn() + Clone + Send + 'static) -> Result<(), Box<dyn Error>> {
         if let Some(seconds) = self.seconds {
-            let waker = waker.clone();
+            let stop = stop.clone();
             thread::spawn(move || {
                 thread::sleep(Duration::from_secs(seconds));
-                waker.stop();
+                stop();
             });
         }
-        ctrlc::set_handler(move || waker.stop())?;
+        ctrlc::set_handler(stop)?;
         Ok(())
     }
 
