@@ -588,7 +588,8 @@ fn moves_queues(backend: Backend) {
     let moved = engine.attach(0, released.endpoint).unwrap();
     assert_ne!(moved, port);
     engine.attach(0, settings.add_queue().unwrap()).unwrap();
-    let filler = offer(number, 16, 50);
+    // So many that no queue is left out by chance.
+    let filler = offer(number, 48, 20);
     eventually("all on one worker", || {
         engine.stats().workers[0].total().received_packets >= filler_total(&filler)
     });
@@ -808,7 +809,7 @@ fn shares_workers() {
             Ok(Counting::new())
         })
         .unwrap();
-    let filler = offer(number, 32, 20);
+    let filler = offer(number, 64, 20);
     eventually("all packets", || received(&engine) >= filler_total(&filler));
     for worker in engine.stats().workers {
         assert!(
