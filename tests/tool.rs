@@ -82,7 +82,7 @@ fn bench() {
         .iter()
         .map(|case| case["case"].as_str().unwrap())
         .collect();
-    assert_eq!(cases, ["drain", "drain", "round_trip"]);
+    assert_eq!(cases, ["drain", "drain", "round_trip", "engine"]);
     let latency = printed["cases"][2]["latency"].as_array().unwrap();
     assert!(latency.len() >= 3);
     for way in latency {

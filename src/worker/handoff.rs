@@ -18,6 +18,9 @@ use crate::error::{PortError, PortErrorKind};
 /// Packets arrive in the order in which they were sent, as packets of one port. Nothing is dropped on the way: what finds no room stays with
 /// the sender. Nothing here waits. The worker is woken only if it sleeps.
 ///
+/// What the worker has not taken when it ends or detaches the port comes back to who detaches; when the worker just ends, it is lost with the
+/// worker, though it counts as sent.
+///
 /// Dropping it lets the worker take what was sent, and ends its port ([`PortErrorKind::Gone`]).
 ///
 /// ```
