@@ -124,7 +124,8 @@ pub enum Wait {
     /// Like `Block` while few packets come. While so many come that several are to be expected within `max`, sleeps for that long (less
     /// at high rates) before it looks again: one wake-up for several packets, at the price of up to `max` more latency. Where that turns
     /// out to bring nothing, as with a partner that waits for each answer, it refrains. A wake-up or a stop by the
-    /// [`Waker`](crate::Waker) and packets of other ports can be delayed by as much. This is the default, with 50 µs.
+    /// [`Waker`](crate::Waker) and packets of other ports can be delayed by as much. This is the default, with 50 µs. The timer's lateness comes
+    /// on top: little on bare metal, tens of microseconds on some virtual machines.
     ///
     /// On the system-call backend the thread's timer slack (prctl(2), PR_SET_TIMERSLACK) is at its least while such a worker lives.
     Moderate {
