@@ -41,10 +41,7 @@ fn main() {
             "a panic on one worker lets the others go on, with its flows",
             panic_continues,
         ),
-        (
-            "a panic in a command, a destructor and at the end are told",
-            other_panics,
-        ),
+        ("a panic in any call is told, and closes the device", other_panics),
         ("a device that is deleted is told once, the rest goes on", device_gone),
         ("queues move from one worker to another", moves_queues),
         ("packets from outside and between workers", handoffs),
@@ -493,38 +490,69 @@ fn panic_continues(backend: Backend) {
 }
 
 fn other_panics(backend: Backend) {
+    /// Panics in the call of this name.
     struct BadEnd(&'static str);
+    impl BadEnd {
+        fn call(&self, name: &str) {
+            assert!(self.0 != name, "in {name}");
+        }
+    }
     impl Handler for BadEnd {
-        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {}
+        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {
+            self.call("packets");
+        }
+        fn flush(&mut self, _: &mut Worker) {
+            self.call("flush");
+        }
+        fn deadline(&mut self) -> Option<Instant> {
+            self.call("deadline");
+            (self.0 == "timer").then(Instant::now)
+        }
+        fn timer(&mut self, _: &mut Worker) {
+            self.call("timer");
+        }
+        fn attached(&mut self, _: &mut Worker, _: PortId) {
+            self.call("attached");
+        }
+        fn detached(&mut self, _: &mut Worker, _: PortId) {
+            self.call("detached");
+        }
         fn stopping(&mut self, _: &mut Worker) {
-            assert!(self.0 != "stopping", "in stopping");
+            self.call("stopping");
         }
     }
     impl Drop for BadEnd {
         fn drop(&mut self) {
-            assert!(self.0 != "drop", "in the destructor");
+            self.call("drop");
         }
     }
-    for (name, expected) in [
-        ("stopping", "in stopping"),
-        ("drop", "in the destructor"),
-        ("command", "in a command"),
+    for name in [
+        "packets", "flush", "deadline", "timer", "attached", "detached", "command", "stopping", "drop",
     ] {
         let engine = Engine::builder()
             .device(device("e0", 1, HERE))
             .config(config(backend))
             .start(move |_| Ok(BadEnd(name)))
             .unwrap();
-        if name == "command" {
-            let answer = engine.run_on(0, |_, _| panic!("in a command"));
-            assert!(matches!(answer, Err(ControlError::WorkerEnded)));
+        // What happens in a life; some of it brings the panic.
+        let answer = engine.run_on(0, move |_, _| assert!(name != "command", "in command"));
+        assert!(answer.is_ok() || name != "stopping" && name != "drop");
+        UdpSocket::bind("0.0.0.0:0")
+            .and_then(|socket| socket.send_to(b"x", (THERE, 9)))
+            .ok();
+        drop(engine.handoff(0, 8));
+        if !matches!(name, "stopping" | "drop") {
+            assert!(matches!(engine.wait(), Ended::WorkerFailed { worker: 0, .. }), "{name}");
         }
         let report = engine.stop_within(Duration::from_secs(10));
         let WorkerEnd::Failed(why) = &report.workers[0].end else {
-            panic!("{report}")
+            panic!("{name}: {report}")
         };
-        assert!(why.contains(expected), "{why}");
-        assert!(Handle::new().unwrap().index_of("e0").is_err());
+        assert!(why.contains(&format!("in {name}")), "{why}");
+        assert!(
+            Handle::new().unwrap().index_of("e0").is_err(),
+            "{name}: somebody holds the device"
+        );
     }
 }
 
