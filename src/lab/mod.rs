@@ -27,6 +27,7 @@ pub mod process;
 pub mod receiver;
 pub mod results;
 pub mod scaling;
+pub mod throughput;
 pub mod ways;
 #[cfg(feature = "cli")]
 pub mod wire;
