@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use common::{Trial, need_program, need_tun, skip, trial};
 use tun_driver::lab::generator::{self, Config, GROUP_MAX, Generated, Generator, Limit, Way};
 use tun_driver::lab::packet::{Fault, Framing, MIN_IPV4, MIN_IPV6, Spec, Stamp};
-use tun_driver::lab::receiver::{Receiver, UdpReceiver, Until};
+use tun_driver::lab::receiver::{Receiver, SocketReceiver, Until};
 use tun_driver::lab::{Namespace, monotonic_ns};
 use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Batch, Builder, Mode, SinglePort, WorkerConfig};
@@ -447,7 +447,7 @@ fn held_back() {
         skip(format!("tbf is missing: {}", String::from_utf8_lossy(&tc.stderr)));
     }
     for way in [Way::Single, Way::Batch, Way::Gso] {
-        let mut receiver = UdpReceiver::bind("127.0.0.1:0".parse().unwrap(), Receiver::new(1)).unwrap();
+        let mut receiver = SocketReceiver::bind("127.0.0.1:0".parse().unwrap(), Receiver::new(1)).unwrap();
         let generated = run(&Config {
             target: receiver.address().unwrap(),
             length: 576,
@@ -596,8 +596,8 @@ fn merging() {
 }
 
 fn udp_receiver() {
-    let bind = || UdpReceiver::bind("127.0.0.1:0".parse().unwrap(), Receiver::new(2)).unwrap();
-    let send = |receiver: &UdpReceiver, packets| {
+    let bind = || SocketReceiver::bind("127.0.0.1:0".parse().unwrap(), Receiver::new(2)).unwrap();
+    let send = |receiver: &SocketReceiver, packets| {
         let target = receiver.address().unwrap();
         let generated = run(&Config {
             target,

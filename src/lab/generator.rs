@@ -68,10 +68,12 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 
-use super::packet::{STAMP_LEN, write_payload};
+use super::packet::{Ethernet, Framing, STAMP_LEN, Spec, UDP_LEN, write_payload};
 use super::tracker::Tracker;
 use super::{monotonic_ns, process};
+use crate::netlink::Handle;
 use crate::sys::cpu::TimerSlack;
+use crate::sys::frames::{FrameSocket, virtio_net_hdr};
 use crate::sys::lab::Row;
 use crate::sys::socket::{set_do_not_fragment, set_udp_segment};
 use crate::sys::{cpu, fd};
@@ -88,6 +90,11 @@ pub struct Config {
     pub source: Option<SocketAddr>,
     /// How many flows, each with a source port (and a descriptor) of its own and with sequences from 0. 1 to 65,536.
     pub flows: usize,
+    /// Out of this interface as Ethernet frames, past the stack of the namespace, instead of by sockets. [`source`](Self::source) is needed then,
+    /// and flows cost no descriptors.
+    pub link: Option<Link>,
+    /// Lengths that take turns group by group instead of one [`length`](Self::length), with a [`link`](Self::link) only; see [`IMIX`].
+    pub mix: Vec<usize>,
     /// Length of each packet in bytes, from the IP header on: at least [`MIN_IPV4`](super::packet::MIN_IPV4) or [`MIN_IPV6`](super::packet::MIN_IPV6), at
     /// most the MTU of the way.
     pub length: usize,
@@ -105,6 +112,22 @@ pub struct Config {
     /// Zero only sleeps, and each packet is late by what a wake-up takes, but the CPU is left to others. [`Duration::MAX`] never sleeps.
     pub wake_ahead: Duration,
 }
+
+/// The interface by which frames leave, and the addresses on them.
+///
+/// In the calling thread's network namespace, with CAP_NET_RAW. Groups go as one frame that the kernel cuts (Linux 6.2; before, each frame
+/// goes on its own), if the interface does not take it whole: one whose `gso_max_size` is below the length of two packets cuts
+/// (`ip link set … gso_max_size 1`). On others each frame goes on its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Link {
+    /// Its name.
+    pub interface: String,
+    /// The hardware addresses in the frames.
+    pub ethernet: Ethernet,
+}
+
+/// Frames of 64, 570 and 1,518 bytes (with the frame check sequence) as 7 : 4 : 1, the "simple IMIX", as lengths from the IP header on.
+pub const IMIX: [usize; 12] = [46, 552, 46, 46, 552, 46, 1500, 46, 552, 46, 552, 46];
 
 /// When a generator has done its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,13 +161,28 @@ pub struct Schedule {
 /// Sends by sockets of the network namespace in which it was made, from any thread.
 pub struct Generator {
     config: Config,
-    sockets: Vec<UdpSocket>,
+    outlet: Outlet,
     way: Way,
     row: Row,
+    /// [`ROOM`] bytes for headers, then the payloads of a group.
     memory: Box<[u8]>,
+    /// The lengths of the groups' payloads, in turn.
+    payloads: Vec<usize>,
+    /// That of the group at hand.
     payload: usize,
     group: usize,
 }
+
+/// Where packets leave.
+enum Outlet {
+    /// A connected socket per flow.
+    Sockets(Vec<UdpSocket>),
+    /// One packet socket; the packets of flow 0.
+    Link(FrameSocket, Spec),
+}
+
+/// For a vnet header and the headers of a frame.
+const ROOM: usize = 80;
 
 /// What a generator did.
 #[derive(Clone, Debug)]
@@ -202,6 +240,8 @@ impl Config {
             target,
             source: None,
             flows: 1,
+            link: None,
+            mix: Vec::new(),
             length: 64,
             rate: Some(10_000),
             limit: Limit::Time(Duration::from_secs(1)),
@@ -221,6 +261,12 @@ impl Config {
         let most = self.headers() + PAYLOAD_MAX;
         let wrong = if !(1..=1 << 16).contains(&self.flows) {
             format!("{} flows: 1 to 65,536 are possible", self.flows)
+        } else if self.link.is_some() && self.source.is_none_or(|source| source.port() == 0) {
+            "frames need a source address and port".to_owned()
+        } else if self.link.is_none() && !self.mix.is_empty() {
+            "a mix of lengths needs a link to leave by".to_owned()
+        } else if let Some(length) = self.mix.iter().find(|length| !(least..=most).contains(*length)) {
+            format!("packets of {length} bytes in the mix: {least} to {most} are possible")
         } else if !(least..=most).contains(&self.length) {
             format!("packets of {} bytes: {least} to {most} are possible", self.length)
         } else if self.rate == Some(0) {
@@ -270,7 +316,13 @@ impl Generator {
     /// taken; EMFILE if the process may not have as many descriptors as there are flows (RLIMIT_NOFILE).
     pub fn new(config: &Config) -> io::Result<Self> {
         config.check()?;
-        let payload = config.length - config.headers();
+        let lengths = if config.mix.is_empty() {
+            std::slice::from_ref(&config.length)
+        } else {
+            &config.mix[..]
+        };
+        let payloads: Vec<usize> = lengths.iter().map(|length| length - config.headers()).collect();
+        let longest = payloads.iter().copied().max().unwrap_or(STAMP_LEN);
         let group = match config.rate {
             _ if config.window.is_zero() => 1,
             None => GROUP_MAX,
@@ -279,8 +331,49 @@ impl Generator {
                 within.clamp(1, GROUP_MAX as u128) as usize
             }
         }
-        .min(PAYLOAD_MAX / payload)
+        .min(PAYLOAD_MAX / longest)
         .max(1);
+        let outlet = match &config.link {
+            Some(link) => Self::link(config, link)?,
+            None => Self::sockets(config)?,
+        };
+        let mut generator = Self {
+            config: config.clone(),
+            outlet,
+            way: Way::Single,
+            row: Row::new(GROUP_MAX),
+            memory: vec![0; ROOM + group * longest].into(),
+            payload: payloads[0],
+            payloads,
+            group,
+        };
+        match config.way {
+            Some(way) => generator.set_way(way)?,
+            None if group == 1 => {}
+            // A kernel before 4.18 has no UDP_SEGMENT; not every link cuts.
+            None => {
+                let ways = [Way::Gso, Way::Batch];
+                let _ = ways.into_iter().any(|way| generator.set_way(way).is_ok());
+            }
+        }
+        Ok(generator)
+    }
+
+    fn link(config: &Config, link: &Link) -> io::Result<Outlet> {
+        let named = |error: io::Error| io::Error::new(error.kind(), format!("interface {}: {error}", link.interface));
+        let index = Handle::new()?.index_of(&link.interface).map_err(named)?;
+        let socket = FrameSocket::sender(index)
+            .and_then(FrameSocket::with_vnet_header)
+            .map_err(named)?;
+        let source = config.source.unwrap_or(config.target); // checked
+        let spec = Spec::new(source, config.target).framing(Framing {
+            ethernet: Some(link.ethernet),
+            ..Framing::NONE
+        });
+        Ok(Outlet::Link(socket, spec))
+    }
+
+    fn sockets(config: &Config) -> io::Result<Outlet> {
         let any: IpAddr = if config.target.is_ipv4() {
             Ipv4Addr::UNSPECIFIED.into()
         } else {
@@ -299,22 +392,7 @@ impl Generator {
             socket.set_nonblocking(true)?;
             sockets.push(socket);
         }
-        let mut generator = Self {
-            config: config.clone(),
-            sockets,
-            way: Way::Single,
-            row: Row::new(GROUP_MAX),
-            memory: vec![0; group * payload].into(),
-            payload,
-            group,
-        };
-        match config.way {
-            Some(way) => generator.set_way(way)?,
-            None if group == 1 => {}
-            // A kernel before 4.18 has no UDP_SEGMENT.
-            None => generator.set_way(Way::Gso).or_else(|_| generator.set_way(Way::Batch))?,
-        }
-        Ok(generator)
+        Ok(Outlet::Sockets(sockets))
     }
 
     /// How many packets of one flow go together.
@@ -358,7 +436,7 @@ impl Generator {
             way: self.way,
             due: 0,
             sent: 0,
-            flows: vec![0; self.sockets.len()],
+            flows: vec![0; self.config.flows],
             refused: BTreeMap::new(),
             answers: 0,
             stalls: 0,
@@ -368,7 +446,7 @@ impl Generator {
             lateness,
             stopped: false,
         };
-        let (mut next, mut flow) = (0, 0);
+        let (mut next, mut flow, mut groups) = (0, 0, 0);
         while next < total {
             if stop.load(Ordering::Relaxed) {
                 done.stopped = true;
@@ -379,6 +457,7 @@ impl Generator {
                 break;
             }
             let count = (self.group as u64).min(total - next) as usize;
+            self.payload = self.payloads[groups % self.payloads.len()];
             self.build(&done, flow, next, count, now);
             let now = match schedule {
                 None => now,
@@ -395,7 +474,8 @@ impl Generator {
             }
             self.send(&mut done, flow, count, end, stop);
             next += count as u64;
-            flow = (flow + 1) % self.sockets.len();
+            flow = (flow + 1) % self.config.flows;
+            groups += 1;
         }
         done.wall = Duration::from_nanos(monotonic_ns().saturating_sub(begin));
         done.cpu = process::thread_cpu_time().saturating_sub(cpu);
@@ -411,7 +491,11 @@ impl Generator {
 
     /// Writes the payloads of packets `next..next + count`, the next ones of `flow`.
     fn build(&mut self, done: &Generated, flow: usize, next: u64, count: usize, now: u64) {
-        for (index, payload) in self.memory.chunks_exact_mut(self.payload).take(count).enumerate() {
+        for (index, payload) in self.memory[ROOM..]
+            .chunks_exact_mut(self.payload)
+            .take(count)
+            .enumerate()
+        {
             let intended = done.schedule.map_or(now, |schedule| schedule.due(next + index as u64));
             let sequence = done.flows[flow].wrapping_add(index as u32);
             write_payload(payload, flow as u16, sequence, intended);
@@ -442,13 +526,26 @@ impl Generator {
     fn send(&mut self, done: &mut Generated, flow: usize, count: usize, end: u64, stop: &AtomicBool) {
         let (mut from, mut retries) = (0, RETRIES);
         while from < count {
-            let bytes = &self.memory[from * self.payload..count * self.payload];
-            let socket = &self.sockets[flow];
             done.calls += 1;
-            let result = match self.way {
-                Way::Single => socket.send(&bytes[..self.payload]).map(|_| 1),
-                Way::Gso => socket.send(bytes).map(|_| count - from),
-                Way::Batch => self.row.send(socket.as_fd(), bytes, self.payload),
+            let (result, fd) = match &self.outlet {
+                Outlet::Sockets(sockets) => {
+                    let bytes = &self.memory[ROOM + from * self.payload..ROOM + count * self.payload];
+                    let socket = &sockets[flow];
+                    let result = match self.way {
+                        Way::Single => socket.send(&bytes[..self.payload]).map(|_| 1),
+                        Way::Gso => socket.send(bytes).map(|_| count - from),
+                        Way::Batch => self.row.send(socket.as_fd(), bytes, self.payload),
+                    };
+                    (result, socket.as_raw_fd())
+                }
+                Outlet::Link(socket, spec) => {
+                    let packets = if self.way == Way::Gso { count - from } else { 1 };
+                    let end = ROOM + (from + packets) * self.payload;
+                    // The headers come to lie over payloads that are sent already.
+                    let start = write_front(&mut self.memory[..end], &spec.flow(flow as u16), self.payload, packets);
+                    let result = socket.send(&self.memory[start..end]).map(|()| packets);
+                    (result, socket.as_fd().as_raw_fd())
+                }
             };
             let error = match result {
                 Ok(taken) => {
@@ -465,7 +562,7 @@ impl Generator {
                 libc::EAGAIN if monotonic_ns() < end && !stop.load(Ordering::Relaxed) => {
                     done.stalls += 1;
                     let mut room = [libc::pollfd {
-                        fd: socket.as_raw_fd(),
+                        fd,
                         events: libc::POLLOUT,
                         revents: 0,
                     }];
@@ -478,8 +575,10 @@ impl Generator {
                     done.answers += 1;
                     continue;
                 }
-                // The device cannot do checksums, and the kernel is older than 6.11.
-                libc::EIO if self.way == Way::Gso && self.config.way.is_none() && self.set_way(Way::Batch).is_ok() => {
+                // The device cannot do checksums, and the kernel is older than 6.11; a packet socket, and it is older than 6.2.
+                libc::EIO | libc::EINVAL
+                    if self.way == Way::Gso && self.config.way.is_none() && self.set_way(Way::Batch).is_ok() =>
+                {
                     continue;
                 }
                 _ => {}
@@ -492,15 +591,57 @@ impl Generator {
     }
 
     fn set_way(&mut self, way: Way) -> io::Result<()> {
-        let segment = if way == Way::Gso { self.payload as u16 } else { 0 };
-        if way == Way::Gso || self.way == Way::Gso {
-            for socket in &self.sockets {
-                set_udp_segment(socket.as_raw_fd(), segment)?;
+        match &self.outlet {
+            Outlet::Sockets(sockets) if way == Way::Gso || self.way == Way::Gso => {
+                let segment = if way == Way::Gso { self.payload as u16 } else { 0 };
+                for socket in sockets {
+                    set_udp_segment(socket.as_raw_fd(), segment)?;
+                }
             }
+            Outlet::Sockets(_) => {}
+            Outlet::Link(..) if way == Way::Gso && !self.link_cuts()? => {
+                return Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    "the interface takes large frames whole; ip link set … gso_max_size 1 makes it cut them",
+                ));
+            }
+            Outlet::Link(..) => {}
         }
         self.way = way;
         Ok(())
     }
+
+    /// Whether a frame of two packets or more is cut on its way into the interface.
+    fn link_cuts(&self) -> io::Result<bool> {
+        let Some(link) = &self.config.link else {
+            return Ok(false);
+        };
+        let handle = Handle::new()?;
+        let most = handle.link(handle.index_of(&link.interface)?)?.gso_max_size;
+        let least = self.payloads.iter().copied().min().unwrap_or(0);
+        Ok(most.is_some_and(|most| (most as usize) < 2 * least))
+    }
+}
+
+/// Writes the headers of `packets` payloads of `payload` bytes that lie at the end of `memory`. Returns where the frame begins, its vnet header
+/// in front.
+fn write_front(memory: &mut [u8], spec: &Spec, payload: usize, packets: usize) -> usize {
+    let headers = spec.headers_len();
+    let at = memory.len() - packets * payload - headers;
+    spec.write_headers(&mut memory[at..at + headers], packets * payload);
+    let datagram = (headers - UDP_LEN) as u16;
+    let cut = packets > 1;
+    let vnet = virtio_net_hdr {
+        flags: virtio_net_hdr::F_NEEDS_CSUM,
+        gso_type: if cut { virtio_net_hdr::GSO_UDP_L4 } else { 0 },
+        hdr_len: if cut { headers as u16 } else { 0 },
+        gso_size: if cut { payload as u16 } else { 0 },
+        csum_start: datagram,
+        csum_offset: 6,
+    };
+    let start = at - virtio_net_hdr::LEN;
+    memory[start..at].copy_from_slice(&vnet.to_bytes());
+    start
 }
 
 /// Finds the greatest rate of a configuration in packets per second, by sending without pause for `time` (300 ms tell enough). Its rate and

@@ -37,7 +37,7 @@ const PACKET_INFO_LEN: usize = 4;
 const ETHERNET_LEN: usize = 14;
 const IPV4_LEN: usize = 20;
 const IPV6_LEN: usize = 40;
-const UDP_LEN: usize = 8;
+pub(super) const UDP_LEN: usize = 8;
 const PROTOCOL_UDP: u8 = 17;
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
@@ -99,6 +99,22 @@ pub struct Stamp {
     pub sent: u32,
 }
 
+/// What a packet of the kernel's pktgen says of itself (`struct pktgen_hdr`, net/core/pktgen.c).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PktgenStamp {
+    /// Its number: each pktgen device counts its own packets from 1 on, those of all its flows together.
+    pub sequence: u32,
+    /// When it was sent: CLOCK_REALTIME in microseconds.
+    pub sent_us: u64,
+    /// The UDP destination port.
+    pub port: u16,
+    /// Bytes of the UDP payload.
+    pub length: usize,
+}
+
+/// What pktgen's header begins with.
+pub const PKTGEN_MAGIC: u32 = 0xbe9b_e955;
+
 /// Why bytes are not one of our packets, whole and unchanged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -153,7 +169,19 @@ impl Framing {
         read_stamp(self.payload(bytes, false)?)
     }
 
+    /// What pktgen's header says, if the packet is one of pktgen's.
+    pub fn read_pktgen(&self, bytes: &[u8]) -> Option<PktgenStamp> {
+        let datagram = self.datagram(bytes, false).ok()?;
+        let mut stamp = PktgenStamp::read(&datagram[UDP_LEN..])?;
+        stamp.port = u16_at(datagram, 2..4);
+        Some(stamp)
+    }
+
     fn payload<'a>(&self, bytes: &'a [u8], verify: bool) -> Result<&'a [u8], Fault> {
+        self.datagram(bytes, verify).map(|datagram| &datagram[UDP_LEN..])
+    }
+
+    fn datagram<'a>(&self, bytes: &'a [u8], verify: bool) -> Result<&'a [u8], Fault> {
         let packet = bytes.get(self.len()..).ok_or(Fault::Length)?;
         let ethertype = match packet.first().ok_or(Fault::Length)? >> 4 {
             4 => ETHERTYPE_IPV4,
@@ -173,7 +201,7 @@ impl Framing {
         if datagram.len() < UDP_LEN || u16_at(datagram, 4..6) as usize != datagram.len() {
             return Err(Fault::Length);
         }
-        Ok(&datagram[UDP_LEN..])
+        Ok(datagram)
     }
 
     fn ethernet_at(&self) -> usize {
@@ -214,7 +242,34 @@ impl Spec {
     /// If `length` is below [`MIN_IPV4`] or [`MIN_IPV6`] or above 65,535, if the buffer is too short, or if the families differ.
     pub fn build(&self, buffer: &mut [u8], length: usize, sequence: u32, now: u64) -> usize {
         let total = self.framing.len() + length;
-        let (front, packet) = buffer[..total].split_at_mut(self.framing.len());
+        let headers = self.headers_len();
+        let (front, payload) = buffer[..total].split_at_mut(headers);
+        let pseudo = self.write_headers(front, payload.len());
+        write_payload(payload, self.flow, sequence, now);
+        let datagram = &mut buffer[headers - UDP_LEN..total];
+        let checksum = match !fold(u64::from(pseudo) + sum(&datagram[..6]) + sum(&datagram[UDP_LEN..])) {
+            0 => 0xffff, // zero would say "none"
+            checksum => checksum,
+        };
+        datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
+        total
+    }
+
+    /// Bytes in front of the payload: framing, IP and UDP headers.
+    pub fn headers_len(&self) -> usize {
+        let ip = if self.source.is_ipv4() { IPV4_LEN } else { IPV6_LEN };
+        self.framing.len() + ip + UDP_LEN
+    }
+
+    /// Writes what stands in front of `payload_len` bytes of payload, [`headers_len`](Self::headers_len) bytes. The UDP checksum is left as the
+    /// sum over the pseudo header, which is returned: what whoever finishes it begins with.
+    ///
+    /// # Panics
+    ///
+    /// If `headers` has another length, if the packet is longer than 65,535 bytes, or if the families differ.
+    pub fn write_headers(&self, headers: &mut [u8], payload_len: usize) -> u16 {
+        assert_eq!(headers.len(), self.headers_len());
+        let (front, packet) = headers.split_at_mut(self.framing.len());
         let ethertype = if self.source.is_ipv4() {
             ETHERTYPE_IPV4
         } else {
@@ -230,13 +285,13 @@ impl Spec {
             header[6..12].copy_from_slice(&source);
             header[12..].copy_from_slice(&ethertype.to_be_bytes());
         }
-        let length16 = u16::try_from(length).expect("an IP packet has at most 65,535 bytes");
-        let (header_len, pseudo) = match (self.source, self.target) {
+        let length = u16::try_from(packet.len() + payload_len).expect("an IP packet has at most 65,535 bytes");
+        let (header_len, addresses) = match (self.source, self.target) {
             (SocketAddr::V4(source), SocketAddr::V4(target)) => {
                 let header = &mut packet[..IPV4_LEN];
                 header.fill(0);
                 header[0] = 0x45;
-                header[2..4].copy_from_slice(&length16.to_be_bytes());
+                header[2..4].copy_from_slice(&length.to_be_bytes());
                 header[6] = 0x40; // do not fragment
                 header[8] = 64;
                 header[9] = PROTOCOL_UDP;
@@ -250,7 +305,7 @@ impl Spec {
                 let header = &mut packet[..IPV6_LEN];
                 header.fill(0);
                 header[0] = 0x60;
-                header[4..6].copy_from_slice(&(length16 - IPV6_LEN as u16).to_be_bytes());
+                header[4..6].copy_from_slice(&(length - IPV6_LEN as u16).to_be_bytes());
                 header[6] = PROTOCOL_UDP;
                 header[7] = 64;
                 header[8..24].copy_from_slice(&source.ip().octets());
@@ -259,19 +314,14 @@ impl Spec {
             }
             _ => panic!("source and target are of two families"),
         };
+        let datagram_len = length - header_len as u16;
+        let pseudo = fold(addresses + u64::from(PROTOCOL_UDP) + u64::from(datagram_len));
         let datagram = &mut packet[header_len..];
-        let datagram_len = datagram.len() as u16;
-        write_payload(&mut datagram[UDP_LEN..], self.flow, sequence, now);
         datagram[0..2].copy_from_slice(&self.source.port().to_be_bytes());
         datagram[2..4].copy_from_slice(&self.target.port().to_be_bytes());
         datagram[4..6].copy_from_slice(&datagram_len.to_be_bytes());
-        datagram[6..8].fill(0);
-        let checksum = match !fold(pseudo + u64::from(PROTOCOL_UDP) + u64::from(datagram_len) + sum(datagram)) {
-            0 => 0xffff, // zero would say "none"
-            checksum => checksum,
-        };
-        datagram[6..8].copy_from_slice(&checksum.to_be_bytes());
-        total
+        datagram[6..8].copy_from_slice(&pseudo.to_be_bytes());
+        pseudo
     }
 }
 
@@ -281,6 +331,29 @@ impl Stamp {
     pub fn age(&self, now: u64) -> Duration {
         let age = (now as u32).wrapping_sub(self.sent) as i32;
         Duration::from_nanos(u64::try_from(age).unwrap_or(0))
+    }
+}
+
+impl PktgenStamp {
+    /// Reads it from the front of a UDP payload; its port is 0.
+    pub fn read(payload: &[u8]) -> Option<Self> {
+        let header = payload.get(..16)?;
+        (u32_at(header, 0..4) == PKTGEN_MAGIC).then(|| Self {
+            sequence: u32_at(header, 4..8),
+            sent_us: u64::from(u32_at(header, 8..12)) * 1_000_000 + u64::from(u32_at(header, 12..16)),
+            port: 0,
+            length: payload.len(),
+        })
+    }
+
+    /// As one of our own: the flow is the port's distance from `port`, and CLOCK_REALTIME is `ahead` ns before [`monotonic_ns`](super::monotonic_ns).
+    pub(super) fn as_ours(self, port: u16, ahead: i64) -> Stamp {
+        Stamp {
+            flow: self.port.wrapping_sub(port),
+            sequence: self.sequence.wrapping_sub(1),
+            length: self.length,
+            sent: (self.sent_us * 1_000).wrapping_sub_signed(ahead) as u32,
+        }
     }
 }
 

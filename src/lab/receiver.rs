@@ -1,6 +1,9 @@
 //! A counting receiver of stamped test packets: loss, order, duplicates, damage, and latency from the intended send time.
 //!
-//! A [`Receiver`] is fed by whoever receives: a handler, a loop over read(2). A [`UdpReceiver`] has a socket of its own.
+//! A [`Receiver`] is fed by whoever receives: a handler, a loop over read(2). A [`SocketReceiver`] has a socket of its own.
+//!
+//! Packets of the kernel's pktgen are known by their own header ([`PktgenStamp`](super::packet::PktgenStamp)) and counted like ours; see
+//! [`Receiver::packet`] for what that can tell and what not.
 //!
 //! | figure | what it is | what it is not |
 //! |---|---|---|
@@ -38,7 +41,7 @@
 use std::fmt;
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -47,8 +50,10 @@ use hdrhistogram::Histogram;
 use super::monotonic_ns;
 use super::packet::{Fault, Framing, Stamp, check_payload, read_stamp};
 use super::tracker::{Summary, Tracker};
+use crate::netlink::Handle;
 use crate::sys::fd;
-use crate::sys::lab::{DatagramBatch, set_receive_buffer, socket_drops};
+use crate::sys::frames::FrameSocket;
+use crate::sys::lab::{DatagramBatch, realtime_ahead_ns, set_receive_buffer, socket_drops};
 
 /// The books of what was received by one thread. Those of several are put together by [`merge`](Self::merge).
 #[derive(Clone)]
@@ -60,16 +65,31 @@ pub struct Receiver {
     bytes: u64,
     /// When the first and the last whole packet came.
     span: Option<(u64, u64)>,
+    pktgen: Option<Pktgen>,
 }
 
-/// Receives datagrams at an address and keeps the books.
-pub struct UdpReceiver {
-    socket: UdpSocket,
+/// How packets of the kernel's pktgen are read.
+#[derive(Clone, Copy, Debug)]
+struct Pktgen {
+    /// The destination port of its first thread.
+    port: u16,
+    /// CLOCK_REALTIME less CLOCK_MONOTONIC, in ns.
+    ahead: i64,
+}
+
+/// Receives datagrams at an address, or frames at an interface, and keeps the books.
+pub struct SocketReceiver {
+    socket: Source,
     batch: DatagramBatch,
     receiver: Receiver,
 }
 
-/// When a [`UdpReceiver`] has received enough: as soon as one of these holds, or it is told to stop.
+enum Source {
+    Datagrams(UdpSocket),
+    Frames(FrameSocket),
+}
+
+/// When a [`SocketReceiver`] has received enough: as soon as one of these holds, or it is told to stop.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Until {
     /// As many datagrams have come.
@@ -105,7 +125,17 @@ impl Receiver {
             verify: true,
             bytes: 0,
             span: None,
+            pktgen: None,
         }
+    }
+
+    /// Takes packets of the kernel's pktgen, too, whose threads send to `port` and those after it: the thread is their flow.
+    pub fn pktgen(mut self, port: u16) -> Self {
+        self.pktgen = Some(Pktgen {
+            port,
+            ahead: realtime_ahead_ns(),
+        });
+        self
     }
 
     /// Says what stands in front of the IP header.
@@ -122,8 +152,17 @@ impl Receiver {
     }
 
     /// Takes a packet that came at `now`, by [`monotonic_ns`].
+    ///
+    /// One of pktgen's, if those are expected ([`pktgen`](Self::pktgen)), has no checksum, so that damage is not found, and tells when it was
+    /// in fact sent, to a microsecond: what it waited before is not in its latency.
     #[inline]
     pub fn packet(&mut self, bytes: &[u8], now: u64) {
+        if let Some(pktgen) = self.pktgen
+            && let Some(stamp) = self.framing.read_pktgen(bytes)
+        {
+            self.record(Ok(stamp.as_ours(pktgen.port, pktgen.ahead)), bytes.len(), now);
+            return;
+        }
         let checked = if self.verify {
             self.framing.check(bytes)
         } else {
@@ -199,11 +238,27 @@ impl Receiver {
     }
 }
 
-impl UdpReceiver {
+impl SocketReceiver {
     /// Binds to an address of the calling thread's namespace, with as large a receive buffer as the kernel gives, and tells `receiver` what
     /// comes there.
     pub fn bind(address: SocketAddr, receiver: Receiver) -> io::Result<Self> {
-        let socket = UdpSocket::bind(address)?;
+        Self::new(Source::Datagrams(UdpSocket::bind(address)?), receiver)
+    }
+
+    /// Takes all frames that come in at an interface of the calling thread's namespace, whatever the stack does with them, by packet(7). The
+    /// interface needs no address. `receiver` has to expect an Ethernet header.
+    ///
+    /// # Errors
+    ///
+    /// ENODEV: no such interface; EPERM: no CAP_NET_RAW in that namespace; ENOPROTOOPT before Linux 4.20.
+    pub fn on_interface(name: &str, receiver: Receiver) -> io::Result<Self> {
+        let socket = Handle::new()?.index_of(name).and_then(FrameSocket::receiver);
+        let socket =
+            socket.map_err(|error| io::Error::new(error.kind(), format!("packet socket on {name}: {error}")))?;
+        Self::new(Source::Frames(socket), receiver)
+    }
+
+    fn new(socket: Source, receiver: Receiver) -> io::Result<Self> {
         set_receive_buffer(socket.as_fd(), RECEIVE_BUFFER)?;
         Ok(Self {
             socket,
@@ -212,9 +267,12 @@ impl UdpReceiver {
         })
     }
 
-    /// The address it is bound to.
+    /// The address it is bound to; `Unsupported` where it takes frames.
     pub fn address(&self) -> io::Result<SocketAddr> {
-        self.socket.local_addr()
+        match &self.socket {
+            Source::Datagrams(socket) => socket.local_addr(),
+            Source::Frames(_) => Err(io::ErrorKind::Unsupported.into()),
+        }
     }
 
     /// Receives until one of the conditions holds or `stop` is set, which is looked at every 10 ms and after each batch; what is in the socket
@@ -238,7 +296,7 @@ impl UdpReceiver {
             }
             if count < BATCH {
                 let mut wait = [libc::pollfd {
-                    fd: self.socket.as_raw_fd(),
+                    fd: self.socket.as_fd().as_raw_fd(),
                     events: libc::POLLIN,
                     revents: 0,
                 }];
@@ -259,6 +317,7 @@ impl UdpReceiver {
     /// Receives one batch of what is there; never waits. Returns how many datagrams it was.
     pub fn take(&mut self) -> io::Result<usize> {
         let receiver = &mut self.receiver;
+        let frames = matches!(self.socket, Source::Frames(_));
         let mut now = 0;
         self.batch.receive(self.socket.as_fd(), |payload, truncated| {
             if now == 0 {
@@ -266,6 +325,8 @@ impl UdpReceiver {
             }
             if truncated {
                 receiver.record(Err(Fault::Length), payload.len(), now);
+            } else if frames {
+                receiver.packet(payload, now);
             } else {
                 receiver.payload(payload, now);
             }
@@ -318,10 +379,19 @@ impl fmt::Debug for Receiver {
     }
 }
 
-impl fmt::Debug for UdpReceiver {
+impl AsFd for Source {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Datagrams(socket) => socket.as_fd(),
+            Self::Frames(socket) => socket.as_fd(),
+        }
+    }
+}
+
+impl fmt::Debug for SocketReceiver {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UdpReceiver")
-            .field("socket", &self.socket)
+        f.debug_struct("SocketReceiver")
+            .field("socket", &self.socket.as_fd())
             .field("receiver", &self.receiver)
             .finish_non_exhaustive()
     }

@@ -15,6 +15,11 @@ pub(crate) fn monotonic_ns() -> u64 {
     clock(libc::CLOCK_MONOTONIC).as_nanos() as u64
 }
 
+/// How far CLOCK_REALTIME is ahead of CLOCK_MONOTONIC now, in nanoseconds.
+pub(crate) fn realtime_ahead_ns() -> i64 {
+    clock(libc::CLOCK_REALTIME).as_nanos() as i64 - clock(libc::CLOCK_MONOTONIC).as_nanos() as i64
+}
+
 /// CPU time that the calling thread has used.
 pub(crate) fn thread_cpu_time() -> Duration {
     clock(libc::CLOCK_THREAD_CPUTIME_ID)

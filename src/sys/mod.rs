@@ -5,6 +5,8 @@
 pub(crate) mod bpf;
 pub(crate) mod cpu;
 pub(crate) mod fd;
+#[cfg(feature = "lab")]
+pub(crate) mod frames;
 pub(crate) mod host;
 #[cfg(feature = "lab")]
 pub(crate) mod lab;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use clap::{ArgAction, Args};
 use serde_json::{Value, json};
 use tun_driver::lab::process;
-use tun_driver::lab::receiver::{Receiver, UdpReceiver, Until};
+use tun_driver::lab::receiver::{Receiver, SocketReceiver, Until};
 
 use crate::{Failure, report, seconds, until_interrupted};
 
@@ -61,7 +61,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         fs::write(path, "").map_err(|error| named(path, error))?;
     }
     let books = Receiver::new(options.flows as usize).verify(options.verify);
-    let mut receiver = UdpReceiver::bind(options.listen, books).map_err(|error| match error.raw_os_error() {
+    let mut receiver = SocketReceiver::bind(options.listen, books).map_err(|error| match error.raw_os_error() {
         Some(libc::EAFNOSUPPORT) => Failure::Lacking(format!("the address family of {}: {error}", options.listen)),
         _ => Failure::Failed(format!("{}: {error}", options.listen)),
     })?;
