@@ -75,6 +75,7 @@ use crate::netlink::Handle;
 use crate::sys::cpu::TimerSlack;
 use crate::sys::frames::{FrameSocket, virtio_net_hdr};
 use crate::sys::lab::Row;
+use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::socket::{set_do_not_fragment, set_udp_segment};
 use crate::sys::{cpu, fd};
 
@@ -116,8 +117,8 @@ pub struct Config {
 /// The interface by which frames leave, and the addresses on them.
 ///
 /// In the calling thread's network namespace, with CAP_NET_RAW. Groups go as one frame that the kernel cuts (Linux 6.2; before, each frame
-/// goes on its own), if the interface does not take it whole: one whose `gso_max_size` is below the length of two packets cuts
-/// (`ip link set … gso_max_size 1`). On others each frame goes on its own.
+/// goes on its own), if the interface does not take it whole: one without checksum offload has it cut (`ethtool -K … tx off`,
+/// [`cut_frames`]). On others each frame goes on its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Link {
     /// Its name.
@@ -602,7 +603,7 @@ impl Generator {
             Outlet::Link(..) if way == Way::Gso && !self.link_cuts()? => {
                 return Err(io::Error::new(
                     io::ErrorKind::Unsupported,
-                    "the interface takes large frames whole; ip link set … gso_max_size 1 makes it cut them",
+                    "the interface takes large frames whole; ethtool -K … tx off makes the kernel cut them",
                 ));
             }
             Outlet::Link(..) => {}
@@ -611,16 +612,24 @@ impl Generator {
         Ok(())
     }
 
-    /// Whether a frame of two packets or more is cut on its way into the interface.
+    /// Whether the kernel cuts frames of several packets in front of the interface.
     fn link_cuts(&self) -> io::Result<bool> {
         let Some(link) = &self.config.link else {
             return Ok(false);
         };
-        let handle = Handle::new()?;
-        let most = handle.link(handle.index_of(&link.interface)?)?.gso_max_size;
-        let least = self.payloads.iter().copied().min().unwrap_or(0);
-        Ok(most.is_some_and(|most| (most as usize) < 2 * least))
+        let offloads = ControlSocket::new()?.tx_checksum_offload(&IfName::truncated(&link.interface))?;
+        Ok(!offloads)
     }
+}
+
+/// Makes the kernel cut superpackets and finish checksums in front of an interface of the calling thread's namespace (`ethtool -K … tx off`),
+/// so that what crosses it are frames as on a wire, and a generator may send them in groups.
+///
+/// # Errors
+///
+/// ENODEV: no such interface; EPERM: no CAP_NET_ADMIN in that namespace; EOPNOTSUPP: the interface has no such switch.
+pub fn cut_frames(interface: &str) -> io::Result<()> {
+    ControlSocket::new()?.set_tx_checksum_offload(&IfName::truncated(interface), false)
 }
 
 /// Writes the headers of `packets` payloads of `payload` bytes that lie at the end of `memory`. Returns where the frame begins, its vnet header

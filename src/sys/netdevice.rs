@@ -130,6 +130,28 @@ impl ControlSocket {
         self.ioctl(libc::SIOCSIFTXQLEN, &mut ifreq)
     }
 
+    /// SIOCETHTOOL with ETHTOOL_GTXCSUM: whether the device takes packets whose checksum is not finished. One that does not takes no UDP
+    /// superpacket either.
+    #[cfg(feature = "lab")]
+    pub(crate) fn tx_checksum_offload(&self, name: &IfName) -> io::Result<bool> {
+        self.ethtool_value(name, ETHTOOL_GTXCSUM, 0).map(|value| value != 0)
+    }
+
+    /// SIOCETHTOOL with ETHTOOL_STXCSUM.
+    #[cfg(feature = "lab")]
+    pub(crate) fn set_tx_checksum_offload(&self, name: &IfName, on: bool) -> io::Result<()> {
+        self.ethtool_value(name, ETHTOOL_STXCSUM, u32::from(on)).map(drop)
+    }
+
+    #[cfg(feature = "lab")]
+    fn ethtool_value(&self, name: &IfName, cmd: u32, data: u32) -> io::Result<u32> {
+        let mut value = ethtool_value { cmd, data };
+        let mut ifreq = ifreq_named(name);
+        ifreq.ifr_ifru.ifru_data = (&raw mut value).cast();
+        self.ioctl(libc::SIOCETHTOOL, &mut ifreq)?;
+        Ok(value.data)
+    }
+
     /// SIOCGIFHWADDR, of an Ethernet device.
     pub(crate) fn mac(&self, name: &IfName) -> io::Result<[u8; 6]> {
         let mut ifreq = ifreq_named(name);
@@ -203,6 +225,22 @@ impl ControlSocket {
 
 /// linux/ethtool.h.
 const ETHTOOL_GDRVINFO: u32 = 0x0000_0003;
+#[cfg(feature = "lab")]
+const ETHTOOL_GTXCSUM: u32 = 0x16;
+#[cfg(feature = "lab")]
+const ETHTOOL_STXCSUM: u32 = 0x17;
+
+/// `struct ethtool_value` (linux/ethtool.h).
+#[cfg(feature = "lab")]
+#[repr(C)]
+#[allow(non_camel_case_types)]
+struct ethtool_value {
+    cmd: u32,
+    data: u32,
+}
+
+#[cfg(feature = "lab")]
+const _: () = assert!(size_of::<ethtool_value>() == 8);
 
 /// `struct ethtool_drvinfo` of linux/ethtool.h.
 #[repr(C)]
