@@ -144,6 +144,11 @@ impl Receiver {
         self
     }
 
+    /// Whether an Ethernet header is expected.
+    pub fn has_ethernet(&self) -> bool {
+        self.framing.ethernet.is_some()
+    }
+
     /// Says whether checksums are verified. Without, a changed payload is not found, and UDP of others may pass for packets of ours; see
     /// [`Framing::check_unverified`].
     pub fn verify(mut self, verify: bool) -> Self {

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
 use std::panic;
+use std::path::Path;
 use std::sync::OnceLock;
 use std::thread;
 
@@ -78,6 +79,17 @@ impl Namespace {
             furnish()?;
             Self::current()
         })?
+    }
+
+    /// A namespace that has a name: `/run/netns/…` as ip-netns(8) makes it, or `/proc/…/ns/net`.
+    ///
+    /// # Errors
+    /// There is none of that name, told with its path.
+    pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
+        HOST.get_or_init(|| current_inode().unwrap_or(0));
+        let path = path.as_ref();
+        let file = fs::File::open(path).map_err(|error| told(&path.display().to_string(), &error))?;
+        Ok(Self { fd: file.into() })
     }
 
     /// The namespace of the calling thread, held by a descriptor.

@@ -153,7 +153,10 @@ impl Config {
         for thread in 0..self.threads {
             let text = fs::read_to_string(format!("{FOLDER}/{}", self.device(thread)))?;
             let one = parse(&text).ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("pktgen's result is not understood: {text}"))
+                io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    format!("pktgen's result is not understood: {text}"),
+                )
             })?;
             sent.threads.push(one.0);
             sent.errors += one.1;
@@ -184,7 +187,10 @@ fn write(file: &str, line: &str) -> io::Result<()> {
         let answer = answer.lines().rev().find(|line| line.starts_with("Result:"));
         io::Error::new(
             error.kind(),
-            format!("pktgen: {file}: {line}: {error}{}", answer.map(|told| format!(" ({told})")).unwrap_or_default()),
+            format!(
+                "pktgen: {file}: {line}: {error}{}",
+                answer.map(|told| format!(" ({told})")).unwrap_or_default()
+            ),
         )
     })
 }
@@ -239,11 +245,25 @@ mod tests {
         assert_eq!(of("pgctrl"), ["reset"]);
         assert_eq!(of("kpktgend_1"), ["rem_device_all", "add_device gen0@1"]);
         assert_eq!(of("kpktgend_2"), ["rem_device_all", "add_device gen0@2"]);
-        for line in ["ratep 50000", "udp_dst_min 10", "udp_src_max 20007", "dst_mac 02:00:00:00:00:af", "clone_skb 0"] {
+        for line in [
+            "ratep 50000",
+            "udp_dst_min 10",
+            "udp_src_max 20007",
+            "dst_mac 02:00:00:00:00:af",
+            "clone_skb 0",
+        ] {
             assert!(of("gen0@2").contains(&line), "{line}");
         }
-        let appended = Config { append: true, ..config() }.lines();
-        assert!(!appended.iter().any(|(_, line)| line == "reset" || line == "rem_device_all"));
+        let appended = Config {
+            append: true,
+            ..config()
+        }
+        .lines();
+        assert!(
+            !appended
+                .iter()
+                .any(|(_, line)| line == "reset" || line == "rem_device_all")
+        );
     }
 
     #[test]

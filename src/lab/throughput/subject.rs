@@ -84,7 +84,9 @@ impl Subject {
         if matches!(mode, Mode::Recv | Mode::Send | Mode::SendMany) {
             let loops = first.into_queues().into_iter().enumerate();
             return loops
-                .map(|(number, queue)| Loop::start(mode, queue, config.clone(), cpus[number % cpus.len()], receiver.clone()))
+                .map(|(number, queue)| {
+                    Loop::start(mode, queue, config.clone(), cpus[number % cpus.len()], receiver.clone())
+                })
                 .collect::<io::Result<_>>()
                 .map(Self::Loops);
         }
@@ -167,10 +169,7 @@ impl Subject {
                 }
             }
         }
-        Ok(Reading {
-            cpu,
-            ..self.counters()
-        })
+        Ok(Reading { cpu, ..self.counters() })
     }
 
     /// The books of each queue since [`begin`](Self::begin).
@@ -180,7 +179,10 @@ impl Subject {
                 .map(|worker| engine.run_on_within(worker, ANSWER, |server, _| server.receiver.clone()))
                 .collect::<Result<_, _>>()
                 .map_err(io::Error::other),
-            Self::Loops(loops) => loops.iter().map(|one| one.ask(|state| state.receiver.clone())).collect(),
+            Self::Loops(loops) => loops
+                .iter()
+                .map(|one| one.ask(|state| state.receiver.clone()))
+                .collect(),
         }
     }
 
