@@ -7,6 +7,7 @@ mod doctor;
 mod generate;
 mod receive;
 mod report;
+mod throughput;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,6 +40,10 @@ enum Verb {
     ///
     /// Both have to run on one machine: latencies are by its monotonic clock. Ends with its report on Ctrl-C.
     Receive(receive::Options),
+    /// Measures over links that the caller has made what an engine takes, sends, or passes on without loss, and how long packets take.
+    ///
+    /// `bench-scripts/pktgen.sh` makes the links in namespaces of its own and calls this.
+    Throughput(throughput::Options),
 }
 
 /// How a verb ended, if not well.
@@ -65,6 +70,7 @@ fn main() -> ExitCode {
         Verb::Doctor(options) => doctor::run(&options),
         Verb::Generate(options) => generate::run(&options),
         Verb::Receive(options) => receive::run(&options),
+        Verb::Throughput(options) => throughput::run(&options),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

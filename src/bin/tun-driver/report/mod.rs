@@ -10,6 +10,7 @@ mod sample;
 mod svg;
 mod tables;
 mod text;
+pub(crate) mod throughput;
 mod verdict;
 
 use std::fs;

@@ -25,7 +25,7 @@ pub(super) struct Cell {
 }
 
 impl Cell {
-    fn of(value: impl ToString) -> Self {
+    pub(super) fn of(value: impl ToString) -> Self {
         Self {
             value: value.to_string(),
             range: None,
@@ -53,7 +53,7 @@ impl Cell {
     }
 }
 
-fn column(name: &str, told: &str) -> Column {
+pub(super) fn column(name: &str, told: &str) -> Column {
     Column {
         name: name.to_owned(),
         told: told.to_owned(),

@@ -54,7 +54,7 @@ fn render(results: &Results, heading: &str) -> String {
     out
 }
 
-fn rendered(table: &Table) -> comfy_table::Table {
+pub(super) fn rendered(table: &Table) -> comfy_table::Table {
     let mut drawn = comfy_table::Table::new();
     drawn
         .load_style(presets::ASCII_MARKDOWN)

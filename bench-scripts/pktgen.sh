@@ -1,0 +1,373 @@
+#!/usr/bin/env bash
+# Throughput and latency of the engine over veth, in network namespaces that this script makes and that vanish with it:
+#
+#   gen0 (namespace gen) --- dut0 -- route or bridge -- tun0 -- engine -- back, or tun1 -- route or bridge -- out0 --- sink0
+#
+# Makes the links, then runs `tun-driver throughput` between them. Letters are those of the kernel's pktgen sample scripts
+# (samples/pktgen/README.rst), each also an environment variable.
+set -euo pipefail
+
+self=$(readlink -f "$0")
+root=$(dirname "$(dirname "$self")")
+began_in=$PWD
+
+usage() {
+    cat <<USAGE
+usage: bench-scripts/pktgen.sh [OPTIONS]
+
+Without options: about three minutes; receive, send and echo at 64 and 1518 bytes, the rates without loss, and latencies.
+
+as the kernel's pktgen sample scripts (environment variable, default):
+  -i NAME     the generator's link (DEV, gen0)
+  -s BYTES    frame without its 4 bytes of check sequence (PKT_SIZE, 60); --sizes counts them
+  -d ADDRESS  target address (DEST_IP, 198.19.0.2 or fd00:19::2)
+  -m MAC      target hardware address (DST_MAC, that of the next link)
+  -p PORT     target port (DST_PORT, 9)
+  -t THREADS  threads of pktgen (THREADS, 1)
+  -f CPU      the generator's first CPU (F_THREAD, 0)
+  -c COUNT    copies of each buffer (SKB_CLONE, 0): veth takes 0 only
+  -n COUNT    packets of each trial, 0 for a time (COUNT, 0)
+  -b COUNT    burst of the link (BURST, 1): veth takes 1 only
+  -w NS       gap between packets, 0 for none (DELAY, 0)
+  -6          IPv6 (IP6)
+  -v          tell of each trial (VERBOSE)
+  -x          print each command (DEBUG)
+  -a          keep what pktgen is configured to do (APPEND)
+  -h          this text
+
+ours:
+  --gen auto|pktgen|builtin      who makes the packets (auto: the kernel's module where it is to be had)
+  --topology bridge|route        TAP in a bridge, or TUN behind a route (route)
+  --mode MODE,…                  recv, recv-many, send, send-many, echo, forward (recv-many,send-many,echo)
+  --backend io_uring|syscalls    how the engine talks to the kernel (the best that there is)
+  --queues N                     queues, each with a worker (1)
+  --flows N                      flows, by source port (64)
+  --sizes BYTES,…|imix           frames with check sequence (64,1518)
+  --rate N                       packets per second instead of a search
+  --search ndr,pdr|none          goals: no loss, 0.5 % loss; none measures the maximum only (ndr,pdr)
+  --duration SECONDS             length of the trials that decide (1)
+  --repeat N                     searches (3)
+  --no-latency                   leave the latency runs out
+  --out DIR                      folder for the report (results/pktgen)
+  --json                         print JSON instead of tables
+  --dry-run                      print what would be done, and do nothing
+  --keep                         keep the namespaces until Ctrl-C or the end of standard input
+  --install                      install missing tools by apt-get
+
+exit codes: 0 done, 1 failed (also: books that do not balance), 2 usage, 77 the host lacks something
+USAGE
+}
+
+die() {
+    local code=$1
+    shift
+    echo "pktgen.sh: $*" >&2
+    exit "$code"
+}
+
+# What is asked for, from the environment first.
+dev=${DEV:-gen0} pkt_size=${PKT_SIZE:-} dest_ip=${DEST_IP:-} dst_mac=${DST_MAC:-} dst_port=${DST_PORT:-9}
+threads=${THREADS:-1} first_thread=${F_THREAD:-0} clone=${SKB_CLONE:-0} count=${COUNT:-0} burst=${BURST:-1}
+delay=${DELAY:-0} ip6=${IP6:-} verbose=${VERBOSE:-} debug=${DEBUG:-} append=${APPEND:-}
+gen=auto topology=route mode=recv-many,send-many,echo backend='' queues=1 flows=64 sizes='' rate='' search='ndr,pdr'
+duration=1 repeat=3 latency=true out='' json='' dry_run='' keep='' install=''
+words=("$@")
+
+# Letters may stand together, and their values at once behind them.
+arguments=()
+while [ $# -gt 0 ]; do
+    case $1 in
+    --*=*) arguments+=("${1%%=*}" "${1#*=}") ;;
+    --* | -) arguments+=("$1") ;;
+    -[6vxah]?*) arguments+=("${1:0:2}") && set -- "$1" "-${1:2}" "${@:2}" ;;
+    -[isdmptfcnbw]?*) arguments+=("${1:0:2}" "${1:2}") ;;
+    *) arguments+=("$1") ;;
+    esac
+    shift
+done
+set -- "${arguments[@]+"${arguments[@]}"}"
+
+value() {
+    [ $# -ge 2 ] || die 2 "$1 wants a value; -h tells"
+    printf '%s' "$2"
+}
+while [ $# -gt 0 ]; do
+    option=$1
+    case $option in
+    -6) ip6=1 ;;
+    -v) verbose=1 ;;
+    -x) debug=1 ;;
+    -a) append=1 ;;
+    -h | --help) usage && exit 0 ;;
+    --no-latency) latency=false ;;
+    --json) json=1 ;;
+    --dry-run) dry_run=1 ;;
+    --keep) keep=1 ;;
+    --install) install=1 ;;
+    -[isdmptfcnbw] | --gen | --topology | --mode | --backend | --queues | --flows | --sizes | --rate | --search | --duration | --repeat | --out)
+        argument=$(value "$@")
+        shift
+        case $option in
+        -i) dev=$argument ;;
+        -s) pkt_size=$argument ;;
+        -d) dest_ip=$argument ;;
+        -m) dst_mac=$argument ;;
+        -p) dst_port=$argument ;;
+        -t) threads=$argument ;;
+        -f) first_thread=$argument ;;
+        -c) clone=$argument ;;
+        -n) count=$argument ;;
+        -b) burst=$argument ;;
+        -w) delay=$argument ;;
+        --gen) gen=$argument ;;
+        --topology) topology=$argument ;;
+        --mode) mode=$argument ;;
+        --backend) backend=$argument ;;
+        --queues) queues=$argument ;;
+        --flows) flows=$argument ;;
+        --sizes) sizes=$argument ;;
+        --rate) rate=$argument ;;
+        --search) search=$argument ;;
+        --duration) duration=$argument ;;
+        --repeat) repeat=$argument ;;
+        --out) out=$argument ;;
+        esac
+        ;;
+    *) die 2 "$option: no such option; -h tells" ;;
+    esac
+    shift
+done
+[ -z "$debug" ] || set -x
+
+one_of() {
+    local name=$1 given=$2
+    shift 2
+    local word
+    for word in "$@"; do [ "$given" = "$word" ] && return 0; done
+    die 2 "$name $given: one of $* is possible"
+}
+number() {
+    if [[ $2 =~ ^[0-9]{1,10}$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ]; then return 0; fi
+    die 2 "$1 $2: a number from $3 to $4 is possible"
+}
+one_of --gen "$gen" auto pktgen builtin
+one_of --topology "$topology" bridge route
+[ -z "$backend" ] || one_of --backend "$backend" io_uring syscalls
+for word in ${mode//,/ }; do one_of --mode "$word" recv recv-many send send-many echo forward; done
+for word in ${search//,/ }; do one_of --search "$word" ndr pdr none; done
+[ -n "$mode" ] || die 2 "--mode wants a mode"
+number --queues "$queues" 1 256
+number --flows "$flows" 1 40000
+number --repeat "$repeat" 1 1000
+number -t "$threads" 1 1024
+number -f "$first_thread" 0 4095
+number -n "$count" 0 4000000000
+number -w "$delay" 0 1000000000
+number -p "$dst_port" 1 65535
+[ -z "$rate" ] || number --rate "$rate" 1 1000000000
+[[ $duration =~ ^[0-9]*\.?[0-9]+$ ]] || die 2 "--duration $duration: seconds, such as 1 or 0.5"
+[[ $dev =~ ^[A-Za-z0-9_.-]{1,15}$ ]] || die 2 "-i $dev: the name of a link has at most 15 letters"
+[ "$clone" = 0 ] || die 2 "-c $clone: a veth hands each buffer on to its other end, so that it cannot be sent again; only 0 is possible"
+[ "$burst" = 1 ] || die 2 "-b $burst: a veth takes no bursts from pktgen; only 1 is possible"
+if [ -n "$pkt_size" ]; then
+    [ -z "$sizes" ] || die 2 "-s and --sizes say the same thing; give one"
+    number -s "$pkt_size" 60 1514
+    sizes=$((pkt_size + 4))
+fi
+if [ "$delay" != 0 ]; then
+    [ -z "$rate" ] || die 2 "-w and --rate say the same thing; give one"
+    rate=$((1000000000 / delay))
+fi
+[ -n "$sizes" ] || sizes=$([ -n "$ip6" ] && echo 82,1518 || echo 64,1518)
+for word in ${sizes//,/ }; do
+    [ "$word" = imix ] || number --sizes "$word" "$([ -n "$ip6" ] && echo 82 || echo 64)" 1518
+done
+if [ "$gen" = pktgen ] && [[ ,$sizes, == *,imix,* ]]; then die 2 "pktgen sends frames of one length, not the imix"; fi
+
+# Addresses. The engine's side of a link ends in 1, the other in 2.
+mac_gen=02:00:00:00:00:02 mac_dut=02:00:00:00:00:01 mac_tap=02:00:00:00:00:03 mac_out=02:00:00:00:01:01 mac_sink=02:00:00:00:01:02
+if [ -n "$ip6" ]; then
+    family=-6 here=fd00:18::1/64 peer=fd00:18::2 far=fd00:20::1/64 far_peer=fd00:20::2 net=fd00:19::/64
+    source="[fd00:18::2]:20000" target="[${dest_ip:-fd00:19::2}]:$dst_port"
+else
+    family=-4 here=198.18.0.1/24 peer=198.18.0.2 far=198.18.1.1/24 far_peer=198.18.1.2 net=198.19.0.0/16
+    source=198.18.0.2:20000 target=${dest_ip:-198.19.0.2}:$dst_port
+fi
+# A bridge hands on what is for somebody else; a router takes what is for itself.
+[ -n "$dst_mac" ] || dst_mac=$([ "$topology" = bridge ] && echo $mac_tap || echo $mac_dut)
+
+forwards=''
+[[ ,$mode, != *,forward,* ]] || forwards=1
+
+# Tells what it does, and does it unless nothing is to be done.
+act() {
+    if [ -n "$dry_run" ]; then echo "$*"; else "$@"; fi
+}
+setting() {
+    local namespace=$1 name=$2 content=$3
+    if [ -n "$dry_run" ]; then
+        echo "${namespace:+ip netns exec $namespace }sysctl -w ${name//\//.}=$content"
+    elif [ -e "/proc/sys/$name" ]; then
+        if [ -n "$namespace" ]; then
+            # /proc/sys/net is that of the process which opens the file.
+            ip netns exec "$namespace" bash -c "echo $content > /proc/sys/$name"
+        else
+            echo "$content" >"/proc/sys/$name"
+        fi
+    fi
+}
+
+# quiet NAMESPACE: a namespace that sends nothing on its own, and forwards.
+quiet() {
+    local ns=$1
+    setting "$ns" net/ipv6/conf/default/accept_dad 0
+    setting "$ns" net/ipv6/conf/default/dad_transmits 0
+    setting "$ns" net/ipv6/conf/default/router_solicitations 0
+    setting "$ns" net/ipv6/conf/default/addr_gen_mode 1
+    setting "$ns" net/ipv4/conf/all/rp_filter 0
+    setting "$ns" net/ipv4/conf/default/rp_filter 0
+    setting "$ns" net/ipv4/ip_forward 1
+    setting "$ns" net/ipv6/conf/all/forwarding 1
+}
+
+# side NAMESPACE LINK LINK_MAC DEVICE BRIDGE ADDRESS PEER PEER_MAC: one end of the engine and the link in front of it.
+side() {
+    local ns=$1 link=$2 link_mac=$3 device=$4 bridge=$5 address=$6 other=$7 other_mac=$8 kind=tun
+    local in=(${ns:+-n "$ns"}) many=()
+    [ "$topology" = route ] || kind=tap
+    [ "$queues" -eq 1 ] || many=(multi_queue)
+    act ip "${in[@]}" tuntap add dev "$device" mode "$kind" "${many[@]}"
+    if [ "$topology" = bridge ]; then
+        act ip "${in[@]}" link add "$bridge" type bridge stp_state 0 forward_delay 0 mcast_snooping 0
+        act ip "${in[@]}" link set "$device" address "$([ "$device" = tun0 ] && echo $mac_tap || echo 02:00:00:00:01:03)"
+        act ip "${in[@]}" link set "$link" master "$bridge"
+        act ip "${in[@]}" link set "$device" master "$bridge"
+        act ip "${in[@]}" link set "$link" up
+        act ip "${in[@]}" link set "$device" up
+        act ip "${in[@]}" link set "$bridge" up
+        # Known from the start, so that nothing is flooded.
+        act bridge "${in[@]}" fdb replace "$other_mac" dev "$link" master static
+        if [ "$device" = tun0 ]; then
+            act bridge "${in[@]}" fdb replace "$dst_mac" dev "$device" master static
+        else
+            act bridge "${in[@]}" fdb replace "$dst_mac" dev "$link" master static
+            act bridge "${in[@]}" fdb replace "$mac_gen" dev "$device" master static
+        fi
+    else
+        act ip "${in[@]}" link set "$link" address "$link_mac" up
+        act ip "${in[@]}" link set "$device" up
+        act ip "${in[@]}" "$family" address add "$address" dev "$link"
+        act ip "${in[@]}" "$family" neigh replace "$other" lladdr "$other_mac" dev "$link" nud permanent
+    fi
+}
+
+topology() {
+    act ip link set lo up
+    quiet ''
+    act ip netns add gen
+    quiet gen
+    act ip link add dut0 type veth peer name "$dev" netns gen
+    act ip -n gen link set "$dev" address $mac_gen up
+    # Frames as on a wire: checksums finished, nothing larger than the MTU.
+    act ip netns exec gen ethtool -K "$dev" tx off
+    side '' dut0 $mac_dut tun0 br0 "$here" "$peer" $mac_gen
+    [ "$topology" = bridge ] || act ip "$family" route add "$net" dev tun0
+    [ -n "$forwards" ] || return 0
+    act ip netns add out
+    act ip netns add sink
+    quiet out
+    quiet sink
+    act ip link add out0 netns out type veth peer name sink0 netns sink
+    act ip -n sink link set sink0 address $mac_sink up
+    side out out0 $mac_out tun1 br1 "$far" "$far_peer" $mac_sink
+    [ "$topology" = bridge ] || act ip -n out "$family" route add "$net" via "$far_peer" dev out0
+}
+
+command_line() {
+    echo "bench-scripts/pktgen.sh${words[*]+ ${words[*]}}"
+}
+
+# The engine's side of the work.
+engine=("$root/target/release/tun-driver" throughput --topology "$topology" --mode "$mode" --queues "$queues" --flows "$flows"
+    --sizes "$sizes" --search "$search" --duration "$duration" --repeat "$repeat" --latency "$latency" --gen "$gen"
+    --threads "$threads" --first-thread "$first_thread" --interface "$dev" --source "$source" --target "$target"
+    --source-mac "$mac_gen" --target-mac "$dst_mac" --command "$(command_line)")
+[ -z "$backend" ] || engine+=(--backend "$backend")
+[ -z "$rate" ] || engine+=(--rate "$rate")
+[ "$count" = 0 ] || engine+=(--count "$count")
+[ -z "$append" ] || engine+=(--append)
+[ -z "$verbose" ] || engine+=(--verbose)
+[ -z "$json" ] || engine+=(--json)
+out=${out:-$began_in/results/pktgen}
+engine+=(--out "$(readlink -m "$out")")
+
+if [ -n "$dry_run" ]; then
+    echo "unshare --net --mount --propagation private    # all below happens in there"
+    topology
+    echo "${engine[*]}"
+    [ ! -x "${engine[0]}" ] || "${engine[@]}" --dry-run
+    exit 0
+fi
+
+# The second time, inside.
+if [ -n "${TUN_DRIVER_OUTSIDE:-}" ]; then
+    inside=$(readlink /proc/self/ns/net)
+    [ "$inside" != "$TUN_DRIVER_OUTSIDE" ] || die 1 "this is no network namespace of its own; nothing was done"
+    links=$(ip -o link show | grep -cv ': lo:' || true)
+    [ "$links" = 0 ] || [ -z "$(ip -o link show type veth)" ] || die 1 "this network namespace is somebody's: it has links; nothing was done"
+    # Names of namespaces live in a folder that nobody else sees.
+    mount -t tmpfs none /run
+    mkdir -p /run/netns
+    # Addresses and IPv6 of links that are there already (of tunnels that the kernel makes by itself) do not disturb.
+    topology
+    code=0
+    # In the background, so that signals are dealt with at once.
+    "${engine[@]}" &
+    running=$!
+    trap 'kill -TERM $running 2>/dev/null || true' INT TERM HUP
+    while kill -0 $running 2>/dev/null; do wait $running && code=0 || code=$?; done
+    if [ -n "$keep" ]; then
+        echo "kept: nsenter --net --mount --target $$ leads in; Ctrl-C or the end of standard input ends it" >&2
+        read -r _ || true
+    fi
+    exit "$code"
+fi
+
+# need PROGRAM PACKAGE
+missing=()
+need() {
+    command -v "$1" >/dev/null || missing+=("$2")
+}
+need ip iproute2
+need bridge iproute2
+need ethtool ethtool
+need unshare util-linux
+need mount mount
+need cc gcc
+if [ ${#missing[@]} -gt 0 ]; then
+    mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
+    line="apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
+    if [ -n "$install" ]; then
+        [ "$(id -u)" -eq 0 ] || die 77 "--install wants root: $line"
+        apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${missing[@]}"
+    else
+        die 77 "missing: ${missing[*]}. Install them with: $line    (or give --install)"
+    fi
+fi
+command -v cargo >/dev/null || [ -x "${engine[0]}" ] || die 77 "missing: Rust (cargo)"
+[ -c /dev/net/tun ] || die 77 "there is no /dev/net/tun: modprobe tun"
+
+# Not inside, where there is no network.
+if command -v cargo >/dev/null && [ -z "${TUN_DRIVER_NO_BUILD:-}" ]; then
+    (cd "$root" && cargo build --quiet --release --features cli --bin tun-driver)
+fi
+if [ "$gen" != builtin ] && [ "$(id -u)" -eq 0 ] && [ ! -e /proc/net/pktgen ]; then
+    # Not every kernel has it; the tool says which generator it took.
+    modprobe --quiet pktgen 2>/dev/null || true
+fi
+mode_of_entry=(--net --mount --propagation private)
+[ "$(id -u)" -eq 0 ] || mode_of_entry+=(--user --map-root-user)
+# One process from here on, so that signals reach it.
+TUN_DRIVER_OUTSIDE=$(readlink /proc/self/ns/net)
+export TUN_DRIVER_OUTSIDE
+exec unshare "${mode_of_entry[@]}" -- "$self" "${words[@]+"${words[@]}"}"

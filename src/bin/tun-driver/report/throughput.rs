@@ -1,0 +1,427 @@
+//! The report of throughput runs: text, Markdown, JSON, a page of HTML, and histograms.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use hdrhistogram::Histogram;
+use serde_json::{Value, json};
+use tun_driver::lab::measure::{Spread, quantiles_json};
+use tun_driver::lab::throughput::Measured;
+
+use super::histograms::{self, Group};
+use super::tables::{Cell, Column, Table, column};
+use super::text::rendered;
+use super::{numbers, utc};
+use crate::Failure;
+use crate::throughput::{Latency, Results, Row};
+
+/// For the terminal.
+pub(crate) fn text(results: &Results) -> String {
+    let mut out = String::new();
+    for (about, told) in provenance(results) {
+        let _ = writeln!(out, "{about}: {told}");
+    }
+    for (title, table) in tables(results) {
+        let _ = writeln!(out, "\n{title}\n\n{}", rendered(&table));
+    }
+    let _ = writeln!(out, "\n{}", balance(results));
+    out
+}
+
+pub(crate) fn markdown(results: &Results) -> String {
+    let mut out = String::from("# Throughput over veth\n\n");
+    for (about, told) in provenance(results) {
+        let _ = writeln!(out, "{about}: {told}  ");
+    }
+    for (title, table) in tables(results) {
+        let _ = writeln!(out, "\n## {title}\n\n{}", rendered(&table));
+    }
+    let _ = writeln!(out, "\n{}\n\n## How to read this\n", balance(results));
+    for (about, told) in READING {
+        let _ = writeln!(out, "- {about}: {told}");
+    }
+    out
+}
+
+pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> Result<(), Failure> {
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        fs::write(&path, text).map_err(|error| Failure::Failed(format!("{}: {error}", path.display())))
+    };
+    write("throughput.json", &format!("{object:#}\n"))?;
+    write("throughput.md", &markdown(results))?;
+    let took = Duration::from_secs_f64(results.seconds);
+    for group in groups(results) {
+        for (tag, histogram) in &group.entries {
+            write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram))?;
+        }
+        write(
+            &format!("{}.hlog", group.name),
+            &histograms::hlog(&group, results.began, took)?,
+        )?;
+    }
+    Ok(())
+}
+
+/// A group per mode, manner of waiting and load: the way as a whole (`all`), and each queue up to the engine.
+fn groups(results: &Results) -> Vec<Group<'_>> {
+    results
+        .latencies
+        .iter()
+        .filter(|one| !one.measured.latency.is_empty())
+        .map(|one| {
+            let mut entries = vec![("all".to_owned(), &one.measured.latency)];
+            let queues = one.measured.queue_latency.iter().enumerate();
+            entries.extend(queues.map(|(queue, histogram)| (format!("q{queue}"), histogram)));
+            Group {
+                name: format!("latency-{}-{}B-{}-{}pct", one.mode, one.size, one.wait, one.share),
+                entries,
+            }
+        })
+        .collect()
+}
+
+pub(crate) fn json(results: &Results) -> Value {
+    json!({
+        "schema_version": 1,
+        "tool_version": env!("CARGO_PKG_VERSION"),
+        "verb": "throughput",
+        "command": results.command,
+        "began_unix_s": results.began.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        "duration_s": results.seconds,
+        "machine": results.machine.to_json(),
+        "topology": results.topology,
+        "generator": results.generator.split(' ').next().unwrap_or_default(),
+        "generator_told": results.generator,
+        "backend": results.backend,
+        "queues": results.queues,
+        "flows": results.flows,
+        "repeats": results.repeats,
+        "trial_s": results.trial.as_secs_f64(),
+        "trials": results.trials,
+        "unexplained_packets": unexplained(results),
+        "rates": results.rows.iter().map(row_json).collect::<Vec<_>>(),
+        "latencies": results.latencies.iter().map(latency_json).collect::<Vec<_>>(),
+    })
+}
+
+fn row_json(row: &Row) -> Value {
+    json!({
+        "mode": row.mode.to_string(),
+        "frame": row.size.to_string(),
+        "what": row.what,
+        "rate_pps": spread_json(&row.rate),
+        "upper_pps": row.upper.as_ref().map(spread_json),
+        "generator_bound": row.generator_bound,
+        "complete": row.complete,
+        "trial": measured_json(&row.measured),
+    })
+}
+
+fn latency_json(one: &Latency) -> Value {
+    json!({
+        "mode": one.mode.to_string(),
+        "frame": one.size.to_string(),
+        "wait": one.wait,
+        "load_percent": one.share,
+        "trial": measured_json(&one.measured),
+    })
+}
+
+fn spread_json(spread: &Spread) -> Value {
+    json!({
+        "min": spread.min, "lower_quartile": spread.lower_quartile, "median": spread.median,
+        "upper_quartile": spread.upper_quartile, "max": spread.max,
+    })
+}
+
+fn measured_json(one: &Measured) -> Value {
+    let drops: Vec<Value> = one
+        .drops
+        .iter()
+        .map(|(place, packets)| json!({ "place": place, "packets": packets }))
+        .collect();
+    let histogram = |histogram: &Histogram<u64>| (!histogram.is_empty()).then(|| quantiles_json(histogram));
+    json!({
+        "generator": one.way,
+        "offered_packets": one.offered,
+        "received_packets": one.received,
+        "drops": drops,
+        "unexplained_packets": one.unexplained,
+        "softnet_dropped_machine_packets": one.softnet_machine,
+        "late_packets": one.summary.late,
+        "duplicate_packets": one.summary.duplicates,
+        "damaged_packets": one.summary.damaged,
+        "foreign_packets": one.summary.foreign,
+        "loss_percent": one.loss() * 100.0,
+        "offered_pps": one.offered_pps,
+        "received_pps": one.received_pps,
+        "kept_rate": one.kept,
+        "l2_gbits_per_s": one.l2_gbits(),
+        "wall_s": one.wall.as_secs_f64(),
+        "engine_cpu_s": one.engine_cpu.as_secs_f64(),
+        "generator_cpu_s": one.generator_cpu.as_secs_f64(),
+        "machine_above_idle_cpu_s": one.machine_cpu.as_secs_f64(),
+        "softirq_cpu_approx_s": one.softirq_cpu.as_secs_f64(),
+        "engine_cpu_ns_per_packet": one.engine_ns(),
+        "packets_per_enter": one.packets_per_enter,
+        "queue_packets": one.queues,
+        "queue_spread": one.queue_spread(),
+        "latency": histogram(&one.latency),
+        "latency_to_engine_by_queue": one.queue_latency.iter().map(histogram).collect::<Vec<_>>(),
+    })
+}
+
+fn provenance(results: &Results) -> Vec<(&'static str, String)> {
+    let machine = &results.machine;
+    let measures = if machine.mitigations.is_empty() {
+        "none".to_owned()
+    } else {
+        machine.mitigations.join("; ")
+    };
+    vec![
+        ("Machine", machine.to_string()),
+        ("Mitigations", measures),
+        (
+            "Run",
+            format!(
+                "{} UTC, {} trials in {:.0} s, deciding trials of {} s, {} repeats, tun-driver {}",
+                utc(results.began),
+                results.trials,
+                results.seconds,
+                results.trial.as_secs_f64(),
+                results.repeats,
+                env!("CARGO_PKG_VERSION")
+            ),
+        ),
+        ("Generator", results.generator.clone()),
+        (
+            "Engine",
+            format!(
+                "{}, {} queue{}, {} flows, backend: {}",
+                results.topology,
+                results.queues,
+                if results.queues == 1 { "" } else { "s" },
+                results.flows,
+                results.backend
+            ),
+        ),
+        ("Command", results.command.clone()),
+    ]
+}
+
+fn unexplained(results: &Results) -> i64 {
+    let rows = results.rows.iter().map(|row| &row.measured);
+    let all = rows.chain(results.latencies.iter().map(|one| &one.measured));
+    all.map(|one| one.unexplained.abs()).sum()
+}
+
+fn balance(results: &Results) -> String {
+    format!(
+        "Unexplained packets: {} (offered - received - dropped at a place that counts it)",
+        unexplained(results)
+    )
+}
+
+fn tables(results: &Results) -> Vec<(&'static str, Table)> {
+    let mut tables = vec![("Rates", rates(results))];
+    if !results.latencies.is_empty() {
+        tables.push(("Latency", latencies(results)));
+    }
+    tables
+}
+
+fn rates(results: &Results) -> Table {
+    let columns = [
+        ("mode", "what the engine does"),
+        ("frame", "bytes with the frame check sequence"),
+        (
+            "rate",
+            "MRR: received of as much as could be offered; NDR: the highest without loss; PDR: with 0.5 % at most",
+        ),
+        (
+            "kpps",
+            "packets received per second; lower bounds for NDR and PDR; median, least to greatest of the repeats",
+        ),
+        ("upper", "the lowest rate that failed, kpps"),
+        ("Gbit/s", "of frames with their frame check sequence (L2)"),
+        ("loss", "share of what was offered in the trial shown"),
+        ("dropped where", "by the counters of each place"),
+        (
+            "unexplained",
+            "offered, neither received nor dropped at a place that counts it",
+        ),
+        ("engine CPU", "of one core: the engine's threads"),
+        (
+            "generator CPU",
+            "of one core: the generator's thread, with the way of the packet up to the device's queue",
+        ),
+        ("machine CPU", "of one core: the whole machine above idle"),
+        (
+            "softirq (approx.)",
+            "of one core: sampled by the kernel, so approximate",
+        ),
+        ("ns/packet", "CPU time of the engine's threads per packet received"),
+        (
+            "packets/enter",
+            "packets that the engine moved for each time it entered the kernel, waiting included",
+        ),
+        ("queue spread", "(most - least) by mean of the packets of the queues"),
+        ("remarks", ""),
+    ];
+    let rows = results.rows.iter().map(|row| {
+        let one = &row.measured;
+        let share = |time: Duration| percent(time.as_secs_f64() / one.wall.as_secs_f64().max(1e-9));
+        let mut remarks = Vec::new();
+        if row.generator_bound {
+            remarks.push("generator-bound");
+        }
+        if !row.complete {
+            remarks.push("search not complete");
+        }
+        if one.wrong() > 0 {
+            remarks.push("WRONG PACKETS");
+        }
+        let cells = [
+            Cell::of(row.mode),
+            Cell::of(row.size),
+            Cell::of(row.what),
+            Cell {
+                value: numbers::short(row.rate.median / 1e3),
+                range: Some(format!(
+                    "{}–{}",
+                    numbers::short(row.rate.min / 1e3),
+                    numbers::short(row.rate.max / 1e3)
+                )),
+            },
+            Cell::of(
+                row.upper
+                    .map_or(String::new(), |upper| numbers::short(upper.median / 1e3)),
+            ),
+            Cell::of(numbers::short(one.l2_gbits())),
+            Cell::of(percent_fine(one.loss())),
+            Cell::of(places(one)),
+            Cell::of(one.unexplained),
+            Cell::of(share(one.engine_cpu)),
+            Cell::of(if one.generator_cpu.is_zero() {
+                String::new()
+            } else {
+                share(one.generator_cpu)
+            }),
+            Cell::of(share(one.machine_cpu)),
+            Cell::of(share(one.softirq_cpu)),
+            Cell::of(numbers::short(one.engine_ns())),
+            Cell::of(numbers::short(one.packets_per_enter)),
+            Cell::of(if one.queues.len() > 1 {
+                percent(one.queue_spread())
+            } else {
+                String::new()
+            }),
+            Cell::of(remarks.join(", ")),
+        ];
+        cells.to_vec()
+    });
+    table(&columns, rows)
+}
+
+fn latencies(results: &Results) -> Table {
+    let columns = [
+        ("mode", "what the engine does"),
+        ("frame", "bytes with the frame check sequence"),
+        ("load", "per cent of the rate that was found"),
+        ("waiting", "how the engine's threads wait"),
+        ("kpps", "offered"),
+        ("loss", "share of what was offered"),
+        ("p50 µs", "half took at most as long"),
+        ("p90 µs", ""),
+        ("p99 µs", ""),
+        ("p99.9 µs", ""),
+        ("p99.99 µs", ""),
+        ("max µs", ""),
+        ("engine CPU", "of one core: the engine's threads"),
+        (
+            "ns/packet",
+            "CPU time of the engine's threads per packet received; looking at each packet is within it",
+        ),
+        (
+            "unexplained",
+            "offered, neither received nor dropped at a place that counts it",
+        ),
+    ];
+    let rows = results.latencies.iter().map(|row| {
+        let one = &row.measured;
+        let at = |share: f64| Cell::of(numbers::short(one.latency.value_at_quantile(share) as f64 / 1e3));
+        vec![
+            Cell::of(row.mode),
+            Cell::of(row.size),
+            Cell::of(format!("{} %", row.share)),
+            Cell::of(row.wait),
+            Cell::of(numbers::short(one.offered_pps / 1e3)),
+            Cell::of(percent_fine(one.loss())),
+            at(0.5),
+            at(0.9),
+            at(0.99),
+            at(0.999),
+            at(0.9999),
+            Cell::of(numbers::short(one.latency.max() as f64 / 1e3)),
+            Cell::of(percent(one.engine_cpu.as_secs_f64() / one.wall.as_secs_f64().max(1e-9))),
+            Cell::of(numbers::short(one.engine_ns())),
+            Cell::of(one.unexplained),
+        ]
+    });
+    table(&columns, rows)
+}
+
+fn table(columns: &[(&str, &str)], rows: impl Iterator<Item = Vec<Cell>>) -> Table {
+    let columns: Vec<Column> = columns.iter().map(|(name, told)| column(name, told)).collect();
+    Table {
+        columns,
+        rows: rows.collect(),
+    }
+}
+
+fn places(one: &Measured) -> String {
+    let told: Vec<String> = one
+        .drops
+        .iter()
+        .map(|(place, count)| format!("{place}: {count}"))
+        .collect();
+    told.join("; ")
+}
+
+fn percent(share: f64) -> String {
+    format!("{:.0} %", share * 100.0)
+}
+
+fn percent_fine(share: f64) -> String {
+    if share == 0.0 {
+        "0".to_owned()
+    } else {
+        format!("{:.4} %", share * 100.0)
+    }
+}
+
+/// How the figures came about.
+const READING: &[(&str, &str)] = &[
+    (
+        "Rates",
+        "RFC 2544-style: a rate passes if no more than the goal's share is lost in a trial of the length told, twice. Generator and engine share one \
+         host, and trials are shorter than the minute that the RFC wants, so these are figures for comparison, not a certificate.",
+    ),
+    (
+        "Generator-bound",
+        "nothing was lost at the most that the generator could offer: the engine can do more than the figure says.",
+    ),
+    (
+        "Latency",
+        "from the time at which each packet was meant to be sent (a generator that is late is part of it) to its arrival: in the engine where packets end there, \
+         else at the far end of the link. With pktgen from the time at which it was sent, to a microsecond.",
+    ),
+    (
+        "CPU",
+        "the engine's is its threads' own time, what the kernel does inside their calls included: in echo and forward the whole way back through the stack. \
+         Softirq is sampled by the kernel's tick and only approximate.",
+    ),
+];

@@ -1,0 +1,672 @@
+//! `tun-driver throughput`: what an engine forwards without loss, and how long packets take, over links that the caller has made.
+
+use std::fs;
+use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
+
+use clap::{ArgAction, Args, ValueEnum};
+use tun_driver::lab::Namespace;
+use tun_driver::lab::measure::{Machine, Spread};
+use tun_driver::lab::packet::Ethernet;
+use tun_driver::lab::throughput::search::{Outcome, Search, Settings};
+use tun_driver::lab::throughput::{Layout, Load, Measured, Mode, Rig, Setup, Size, Source, pktgen};
+use tun_driver::netlink::Handle;
+use tun_driver::{Backend, Wait, WorkerConfig};
+
+use crate::{Failure, report, seconds, until_interrupted};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// How packets get from the link to the engine: TAP in a bridge, or TUN behind a route.
+    #[arg(long, value_enum, default_value = "route")]
+    topology: Topology,
+    /// What the engine does; several are measured one after the other.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        value_name = "MODE,…",
+        default_value = "recv-many,send-many,echo"
+    )]
+    mode: Vec<Mode>,
+    /// How the engine talks to the kernel; the best that there is unless given.
+    #[arg(long, value_enum)]
+    backend: Option<BackendName>,
+    /// Queues, each with a worker of its own.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    queues: u16,
+    /// Flows, told apart by their source ports.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=40_000))]
+    flows: u32,
+    /// Bytes of each frame with its frame check sequence, 64 to 1518, or imix.
+    #[arg(long, value_delimiter = ',', value_name = "BYTES,…", default_value = "64,1518")]
+    sizes: Vec<Size>,
+    /// Packets per second, instead of a search.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    rate: Option<u64>,
+    /// Packets of each trial, instead of a time and a search.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    count: Option<u64>,
+    /// The highest rate without loss (ndr), and with no more than half a per cent (pdr); none measures the maximum only.
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        value_name = "GOAL,…",
+        default_value = "ndr,pdr"
+    )]
+    search: Vec<Goal>,
+    /// Length of the trials that decide, in seconds.
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds)]
+    duration: Duration,
+    /// Searches, each from the beginning.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1_000))]
+    repeat: u32,
+    /// Latency at 10, 50 and 90 % of the rate that was found, in each manner of waiting.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    latency: bool,
+    /// Who makes the packets: the kernel's pktgen where it is to be had, else our own generator.
+    #[arg(long = "gen", value_enum, default_value = "auto")]
+    generator: GeneratorName,
+    /// Threads of pktgen.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    threads: usize,
+    /// The generator's CPU; the first thread's, for pktgen.
+    #[arg(long, value_name = "CPU", default_value_t = 0)]
+    first_thread: usize,
+    /// Keep what pktgen is configured to do already.
+    #[arg(long)]
+    append: bool,
+    /// Let pktgen finish UDP checksums.
+    #[arg(long)]
+    udp_checksum: bool,
+    /// Verify the checksum of each packet that is received.
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = ArgAction::Set)]
+    verify: bool,
+    /// The namespace of the generator's link.
+    #[arg(long, value_name = "PATH", default_value = "/run/netns/gen")]
+    gen_netns: PathBuf,
+    /// The namespace of the second device, for the mode forward.
+    #[arg(long, value_name = "PATH", default_value = "/run/netns/out")]
+    out_netns: PathBuf,
+    /// The namespace of the receiver's link, for the mode forward.
+    #[arg(long, value_name = "PATH", default_value = "/run/netns/sink")]
+    sink_netns: PathBuf,
+    /// The generator's link.
+    #[arg(long, value_name = "NAME", default_value = "gen0")]
+    interface: String,
+    /// Source address, and source port of the first flow.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "198.18.0.2:20000")]
+    source: SocketAddr,
+    /// Target address and port.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "198.19.0.2:9")]
+    target: SocketAddr,
+    /// The hardware address that frames come from.
+    #[arg(long, value_name = "MAC", default_value = "02:00:00:00:00:02", value_parser = mac)]
+    source_mac: [u8; 6],
+    /// The hardware address that frames go to.
+    #[arg(long, value_name = "MAC", default_value = "02:00:00:00:00:01", value_parser = mac)]
+    target_mac: [u8; 6],
+    /// The folder for the report, the JSON and the histograms.
+    #[arg(long, value_name = "DIR", default_value = "results")]
+    out: PathBuf,
+    /// What the report gives as the command that was run.
+    #[arg(long, value_name = "TEXT", hide = true)]
+    command: Option<String>,
+    /// Print the JSON on standard output instead of the table.
+    #[arg(long)]
+    json: bool,
+    /// Tell of each trial.
+    #[arg(long, short)]
+    verbose: bool,
+    /// Print what pktgen would be told, and do nothing.
+    #[arg(long)]
+    dry_run: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Topology {
+    Bridge,
+    Route,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BackendName {
+    #[value(name = "io_uring")]
+    IoUring,
+    Syscalls,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Goal {
+    Ndr,
+    Pdr,
+    None,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum GeneratorName {
+    Auto,
+    Pktgen,
+    Builtin,
+}
+
+/// All that a run found out.
+pub(crate) struct Results {
+    pub(crate) machine: Machine,
+    pub(crate) command: String,
+    pub(crate) began: SystemTime,
+    pub(crate) seconds: f64,
+    pub(crate) topology: &'static str,
+    /// Who made the packets, and why not pktgen if that was to be taken.
+    pub(crate) generator: String,
+    pub(crate) backend: String,
+    pub(crate) queues: usize,
+    pub(crate) flows: usize,
+    pub(crate) repeats: usize,
+    pub(crate) trial: Duration,
+    pub(crate) rows: Vec<Row>,
+    pub(crate) latencies: Vec<Latency>,
+    pub(crate) trials: usize,
+}
+
+/// One rate of one mode with frames of one size.
+pub(crate) struct Row {
+    pub(crate) mode: Mode,
+    pub(crate) size: Size,
+    /// `MRR`, `NDR`, `PDR` or `fixed`.
+    pub(crate) what: &'static str,
+    /// Packets received per second, over the repeats: for a search, the lower bounds.
+    pub(crate) rate: Spread,
+    /// The upper bounds of searches.
+    pub(crate) upper: Option<Spread>,
+    pub(crate) generator_bound: bool,
+    /// Whether each search came to its end.
+    pub(crate) complete: bool,
+    /// A trial at that rate.
+    pub(crate) measured: Measured,
+}
+
+/// Latency at one load in one manner of waiting.
+pub(crate) struct Latency {
+    pub(crate) mode: Mode,
+    pub(crate) size: Size,
+    pub(crate) wait: &'static str,
+    /// Per cent of the rate that was found.
+    pub(crate) share: u32,
+    pub(crate) measured: Measured,
+}
+
+/// How the latency runs wait.
+const WAITS: [(&str, Wait); 3] = [
+    ("block", Wait::Block),
+    (
+        "moderate",
+        Wait::Moderate {
+            max: Duration::from_micros(50),
+        },
+    ),
+    (
+        "spin",
+        Wait::Spin {
+            duration: Duration::from_micros(100),
+        },
+    ),
+];
+
+/// Loads of the latency runs, in per cent of the rate that was found.
+const SHARES: [u32; 3] = [10, 50, 90];
+
+pub(crate) fn run(options: &Options) -> Result<(), Failure> {
+    let began = SystemTime::now();
+    let start = Instant::now();
+    let layout = layout(options)?;
+    if options.dry_run {
+        return dry_run(options, &layout);
+    }
+    let stop = until_interrupted()?;
+    let source = check(options, &layout)?;
+    fs::create_dir_all(&options.out).map_err(|error| Failure::Failed(format!("{}: {error}", options.out.display())))?;
+    let mut run = Run {
+        options,
+        layout,
+        source: source.0,
+        stop,
+        results: Results {
+            machine: Machine::read(),
+            command: options.command.clone().unwrap_or_else(|| {
+                let words: Vec<String> = std::env::args().skip(1).collect();
+                format!("tun-driver {}", words.join(" "))
+            }),
+            began,
+            seconds: 0.0,
+            topology: match options.topology {
+                Topology::Bridge => "bridge, TAP",
+                Topology::Route => "route, TUN",
+            },
+            generator: source.1,
+            backend: match options.backend {
+                None => "the best that there is".to_owned(),
+                Some(BackendName::IoUring) => "io_uring".to_owned(),
+                Some(BackendName::Syscalls) => "system calls".to_owned(),
+            },
+            queues: options.queues.into(),
+            flows: options.flows as usize,
+            repeats: options.repeat as usize,
+            trial: options.duration,
+            rows: Vec::new(),
+            latencies: Vec::new(),
+            trials: 0,
+        },
+    };
+    eprintln!("generator: {}", run.results.generator);
+    for &mode in &options.mode {
+        run.mode(mode)?;
+    }
+    let mut results = run.results;
+    results.seconds = start.elapsed().as_secs_f64();
+    let object = report::throughput::json(&results);
+    report::throughput::write_files(&options.out, &results, &object)?;
+    let mut out = io::stdout().lock();
+    if options.json {
+        writeln!(out, "{object:#}")?;
+    } else {
+        write!(out, "{}", report::throughput::text(&results))?;
+        writeln!(out, "\nwritten to {}", options.out.display())?;
+    }
+    if stop.load(Ordering::Relaxed) {
+        return Err(Failure::Failed(
+            "interrupted: the report has what was measured until then".to_owned(),
+        ));
+    }
+    let all = || results.rows.iter().map(|row| &row.measured);
+    let all = || all().chain(results.latencies.iter().map(|one| &one.measured));
+    let unexplained: i64 = all().map(|one| one.unexplained.abs()).sum();
+    let wrong: u64 = all().map(Measured::wrong).sum();
+    if unexplained != 0 || wrong != 0 {
+        return Err(Failure::Failed(format!(
+            "the books do not balance: {unexplained} packets are unexplained, {wrong} came late, twice or damaged"
+        )));
+    }
+    Ok(())
+}
+
+fn layout(options: &Options) -> Result<Layout, Failure> {
+    if options.source.is_ipv4() != options.target.is_ipv4() {
+        return Err(Failure::Usage("source and target are of two families".to_owned()));
+    }
+    if usize::from(options.source.port()) + options.flows as usize > 65_536 || options.source.port() == 0 {
+        return Err(Failure::Usage(format!(
+            "{} flows from source port {} on go beyond 65535",
+            options.flows,
+            options.source.port()
+        )));
+    }
+    if options.source.is_ipv6() && options.sizes.contains(&Size::Frame(64)) {
+        // 14 + 40 + 8 + 16 of the stamp + 4
+        let least = options
+            .sizes
+            .iter()
+            .all(|size| !matches!(size, Size::Frame(bytes) if *bytes < 82));
+        if !least {
+            return Err(Failure::Usage(
+                "over IPv6 the shortest frame that holds a stamp has 82 bytes: --sizes 82,…".to_owned(),
+            ));
+        }
+    }
+    Ok(Layout {
+        bridge: options.topology == Topology::Bridge,
+        ipv6: options.source.is_ipv6(),
+        gen_netns: options.gen_netns.clone(),
+        out_netns: options.out_netns.clone(),
+        sink_netns: options.sink_netns.clone(),
+        gen_interface: options.interface.clone(),
+        source: options.source,
+        target: options.target,
+        ethernet: Ethernet {
+            source: options.source_mac,
+            target: options.target_mac,
+        },
+    })
+}
+
+/// Who makes the packets, and that the links are such as this may send out of.
+fn check(options: &Options, layout: &Layout) -> Result<(Source, String), Failure> {
+    let gen_side = Namespace::open(&layout.gen_netns).map_err(|error| {
+        Failure::Usage(format!(
+            "{error}; bench-scripts/pktgen.sh makes the namespaces and links that this needs"
+        ))
+    })?;
+    let kind = gen_side.run(|| -> io::Result<String> {
+        let handle = Handle::new()?;
+        Ok(handle.link(handle.index_of(&layout.gen_interface)?)?.kind)
+    })?;
+    match kind {
+        Ok(kind) if kind == "veth" => {}
+        Ok(kind) => {
+            return Err(Failure::Usage(format!(
+                "{} is of the kind {kind:?}: this sends out of a veth only, so that nothing leaves the machine",
+                layout.gen_interface
+            )));
+        }
+        Err(error) => return Err(Failure::Usage(format!("{}: {error}", layout.gen_interface))),
+    }
+    let there = || gen_side.run(pktgen::available);
+    let mixed = options.sizes.contains(&Size::Imix);
+    Ok(match options.generator {
+        GeneratorName::Builtin => (Source::Builtin, "builtin".to_owned()),
+        GeneratorName::Auto if mixed => (Source::Builtin, "builtin (pktgen has no imix)".to_owned()),
+        GeneratorName::Pktgen if mixed => {
+            return Err(Failure::Usage(
+                "pktgen sends frames of one length, not the imix".to_owned(),
+            ));
+        }
+        name => match there()? {
+            Ok(()) => (Source::Pktgen, "pktgen".to_owned()),
+            Err(why) if name == GeneratorName::Auto => (Source::Builtin, format!("builtin ({why})")),
+            Err(why) => return Err(Failure::Lacking(why)),
+        },
+    })
+}
+
+fn dry_run(options: &Options, layout: &Layout) -> Result<(), Failure> {
+    if options.generator == GeneratorName::Builtin {
+        return Ok(());
+    }
+    let mut out = io::stdout().lock();
+    for size in &options.sizes {
+        let Size::Frame(bytes) = size else { continue };
+        let config = pktgen::Config {
+            interface: layout.gen_interface.clone(),
+            ethernet: layout.ethernet,
+            source: layout.source,
+            target: layout.target,
+            flows: options.flows.min(65_535) as u16,
+            frame: bytes - 4,
+            first_thread: options.first_thread,
+            threads: options.threads,
+            rate: options.rate,
+            count: options.count.unwrap_or(0),
+            checksum: options.udp_checksum,
+            append: options.append,
+        };
+        for (file, line) in config.lines() {
+            writeln!(out, "echo '{line}' > /proc/net/pktgen/{file}")?;
+        }
+    }
+    Ok(())
+}
+
+struct Run<'a> {
+    options: &'a Options,
+    layout: Layout,
+    source: Source,
+    stop: &'static AtomicBool,
+    results: Results,
+}
+
+impl Run<'_> {
+    fn rig(&self, mode: Mode, wait: Option<Wait>) -> Result<Rig, Failure> {
+        let options = self.options;
+        let mut config = WorkerConfig::default();
+        config.backend = options.backend.map(|backend| match backend {
+            BackendName::IoUring => Backend::IoUring,
+            BackendName::Syscalls => Backend::Syscalls,
+        });
+        if let Some(wait) = wait {
+            config.wait = wait;
+        }
+        let setup = Setup {
+            mode,
+            config,
+            queues: options.queues.into(),
+            flows: options.flows as usize,
+            size: options.sizes[0],
+            source: self.source,
+            threads: options.threads,
+            first_thread: options.first_thread,
+            verify: options.verify,
+            checksum: options.udp_checksum,
+            append: options.append,
+        };
+        Rig::new(&self.layout, &setup).map_err(|error| Failure::Failed(format!("{mode}: {error}")))
+    }
+
+    fn mode(&mut self, mode: Mode) -> Result<(), Failure> {
+        let mut rig = self.rig(mode, None)?;
+        let mut found = Vec::new();
+        for &size in &self.options.sizes {
+            if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+            rig.size(size);
+            if let Some(rate) = self.rates(&rig, mode, size)? {
+                found.push((size, rate));
+            }
+        }
+        rig.stop()
+            .map_err(|error| Failure::Failed(format!("{mode}: {error}")))?;
+        // One size tells how long packets take; the others differ by their copying.
+        if let Some(&(size, rate)) = found.first()
+            && self.options.latency
+        {
+            self.latency(mode, size, rate)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the rate that latencies are taken against.
+    fn rates(&mut self, rig: &Rig, mode: Mode, size: Size) -> Result<Option<f64>, Failure> {
+        let options = self.options;
+        let repeats = options.repeat as usize;
+        if options.rate.is_some() || options.count.is_some() {
+            let load = Load {
+                rate: options.rate.map(|rate| rate as f64),
+                time: options.duration,
+                count: options.count,
+                watch: false,
+            };
+            return self.repeat(rig, mode, size, "fixed", load, repeats).map(Some);
+        }
+        let most = Load {
+            rate: None,
+            time: options.duration / 2,
+            count: None,
+            watch: false,
+        };
+        let through = self.repeat(rig, mode, size, "MRR", most, repeats)?;
+        let ceiling = self.results.rows.last().map_or(through, |row| row.measured.offered_pps);
+        let goals: Vec<(f64, &'static str)> = options
+            .search
+            .iter()
+            .filter_map(|goal| match goal {
+                Goal::Ndr => Some((0.0, "NDR")),
+                Goal::Pdr => Some((0.005, "PDR")),
+                Goal::None => None,
+            })
+            .collect();
+        // What sends on its own has nothing in front of it that could lose packets.
+        if goals.is_empty() || mode.sends() {
+            return Ok(Some(through));
+        }
+        let shares: Vec<f64> = goals.iter().map(|(share, _)| *share).collect();
+        let settings = Settings {
+            time: options.duration,
+            short: options.duration / 4,
+            ..Settings::default()
+        };
+        let mut searches = Vec::new();
+        let mut start = through;
+        for _ in 0..repeats {
+            // A little above what it offered, since that was one moment's ceiling.
+            let mut search = Search::new(&settings, &shares, ceiling * 1.05).starting_at(start);
+            while let Some(trial) = search.next() {
+                if self.stop.load(Ordering::Relaxed) {
+                    return Ok(None);
+                }
+                let measured = self.trial(
+                    rig,
+                    mode,
+                    size,
+                    Load {
+                        rate: Some(trial.rate),
+                        time: trial.time,
+                        count: None,
+                        watch: false,
+                    },
+                )?;
+                search.record(
+                    trial,
+                    Outcome {
+                        rate: measured.offered_pps,
+                        kept: measured.kept,
+                        loss: measured.loss(),
+                    },
+                );
+            }
+            let bounds = search.bounds();
+            start = bounds.iter().filter_map(|bounds| bounds.lower).fold(1.0, f64::max);
+            searches.push(bounds);
+        }
+        let mut found = None;
+        for (goal, &(_, what)) in goals.iter().enumerate() {
+            let of = |value: fn(&tun_driver::lab::throughput::search::Bounds) -> f64| {
+                let values: Vec<f64> = searches.iter().map(|bounds| value(&bounds[goal])).collect();
+                Spread::of(&values)
+            };
+            let (Some(lower), upper) = (of(|bounds| bounds.lower.unwrap_or(0.0)), of(|bounds| bounds.upper)) else {
+                continue;
+            };
+            if lower.median < 1.0 {
+                eprintln!("{mode}, {size} B: nothing passed for {what}");
+                continue;
+            }
+            let load = Load {
+                rate: Some(lower.median),
+                time: options.duration,
+                count: None,
+                watch: false,
+            };
+            let measured = self.trial(rig, mode, size, load)?;
+            found = Some(lower.median);
+            self.results.rows.push(Row {
+                mode,
+                size,
+                what,
+                rate: lower,
+                upper,
+                generator_bound: searches.iter().all(|bounds| bounds[goal].generator_bound),
+                complete: searches.iter().all(|bounds| bounds[goal].complete),
+                measured,
+            });
+        }
+        Ok(found.or(Some(through)))
+    }
+
+    /// The same load several times: a row. Returns what came through.
+    fn repeat(
+        &mut self,
+        rig: &Rig,
+        mode: Mode,
+        size: Size,
+        what: &'static str,
+        load: Load,
+        repeats: usize,
+    ) -> Result<f64, Failure> {
+        let mut all = Vec::new();
+        for _ in 0..repeats {
+            all.push(self.trial(rig, mode, size, load)?);
+            if self.stop.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+        let rates: Vec<f64> = all.iter().map(|one| one.received_pps).collect();
+        let rate = Spread::of(&rates).ok_or_else(|| Failure::Failed("a rate is no number".to_owned()))?;
+        let generator_bound = load.rate.is_none() && all.iter().all(|one| one.loss() == 0.0);
+        // The one in the middle stands for all.
+        all.sort_by(|one, other| one.received_pps.total_cmp(&other.received_pps));
+        let measured = all.swap_remove(all.len() / 2);
+        self.results.rows.push(Row {
+            mode,
+            size,
+            what,
+            rate,
+            upper: None,
+            generator_bound,
+            complete: true,
+            measured,
+        });
+        Ok(rate.median)
+    }
+
+    fn latency(&mut self, mode: Mode, size: Size, rate: f64) -> Result<(), Failure> {
+        for (name, wait) in WAITS {
+            // Who only sends does not wait.
+            if mode.sends() && name != "block" {
+                continue;
+            }
+            let mut rig = self.rig(mode, Some(wait))?;
+            rig.size(size);
+            for share in SHARES {
+                if self.stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                let load = Load {
+                    rate: Some((rate * f64::from(share) / 100.0).max(1.0)),
+                    time: self.options.duration,
+                    count: None,
+                    watch: true,
+                };
+                let measured = self.trial(&rig, mode, size, load)?;
+                self.results.latencies.push(Latency {
+                    mode,
+                    size,
+                    wait: name,
+                    share,
+                    measured,
+                });
+            }
+            rig.stop()
+                .map_err(|error| Failure::Failed(format!("{mode}: {error}")))?;
+        }
+        Ok(())
+    }
+
+    fn trial(&mut self, rig: &Rig, mode: Mode, size: Size, load: Load) -> Result<Measured, Failure> {
+        let measured = rig
+            .trial(load)
+            .map_err(|error| Failure::Failed(format!("{mode}, {size} B: {error}")))?;
+        self.results.trials += 1;
+        if self.options.verbose {
+            eprintln!(
+                "{mode}, {size} B: offered {:.0}/s{}, received {:.0}/s, lost {}, unexplained {}, {}",
+                measured.offered_pps,
+                if measured.kept { "" } else { " (less than asked)" },
+                measured.received_pps,
+                measured.offered - measured.received.min(measured.offered),
+                measured.unexplained,
+                measured.way
+            );
+        } else if io::stderr().is_terminal() {
+            eprint!("\r{mode}, {size} B: trial {}\x1b[K\r", self.results.trials);
+        }
+        if measured.received == 0 && measured.offered > 0 && load.rate.is_none() {
+            return Err(Failure::Failed(format!(
+                "{mode}, {size} B: of {} packets none arrived; dropped: {:?}, foreign: {}, damaged: {:?}",
+                measured.offered, measured.drops, measured.summary.foreign, measured.summary.faults
+            )));
+        }
+        Ok(measured)
+    }
+}
+
+fn mac(text: &str) -> Result<[u8; 6], String> {
+    let wrong = || format!("{text}: a hardware address is six bytes, as 02:00:00:00:00:01");
+    let bytes: Vec<u8> = text
+        .split(':')
+        .map(|byte| u8::from_str_radix(byte, 16).map_err(|_| wrong()))
+        .collect::<Result<_, _>>()?;
+    bytes.try_into().map_err(|_| wrong())
+}
