@@ -182,6 +182,7 @@ fi
 for word in ${sizes//,/ }; do
     [ "$word" = imix ] || number --sizes "$word" "$([ -n "$ip6" ] && echo 82 || echo 64)" 1518
 done
+if [ -n "$ip6" ] && [[ ,$sizes, == *,imix,* ]]; then die 2 "the imix has frames of 64 bytes, in which no IPv6 packet of ours finds room"; fi
 if [ "$gen" = pktgen ] && [[ ,$sizes, == *,imix,* ]]; then die 2 "pktgen sends frames of one length, not the imix"; fi
 
 # Addresses. The engine's side of a link ends in 1, the other in 2.
@@ -217,9 +218,13 @@ setting() {
     fi
 }
 
-# quiet NAMESPACE: a namespace that sends nothing on its own, and forwards.
+# quiet NAMESPACE [ROUTER]: a namespace that sends nothing on its own; a router forwards.
 quiet() {
     local ns=$1
+    # Else each link sends reports of its multicast groups.
+    if [ -z "$ip6" ] || [ "$topology" = bridge ] || [ $# -eq 1 ]; then
+        setting "$ns" net/ipv6/conf/default/disable_ipv6 1
+    fi
     setting "$ns" net/ipv6/conf/default/accept_dad 0
     setting "$ns" net/ipv6/conf/default/dad_transmits 0
     setting "$ns" net/ipv6/conf/default/router_solicitations 0
@@ -245,7 +250,9 @@ side() {
         act ip "${in[@]}" link set "$link" up
         act ip "${in[@]}" link set "$device" up
         act ip "${in[@]}" link set "$bridge" up
-        # Known from the start, so that nothing is flooded.
+        # Known from the start and never learned, so that nothing is flooded and no entry moves.
+        act bridge "${in[@]}" link set dev "$link" learning off
+        act bridge "${in[@]}" link set dev "$device" learning off
         act bridge "${in[@]}" fdb replace "$other_mac" dev "$link" master static
         if [ "$device" = tun0 ]; then
             act bridge "${in[@]}" fdb replace "$dst_mac" dev "$device" master static
@@ -263,19 +270,23 @@ side() {
 
 topology() {
     act ip link set lo up
-    quiet ''
+    quiet '' router
     act ip netns add gen
     quiet gen
     act ip link add dut0 type veth peer name "$dev" netns gen
     act ip -n gen link set "$dev" address $mac_gen up
     # Frames as on a wire: checksums finished, nothing larger than the MTU.
-    act ip netns exec gen ethtool -K "$dev" tx off
+    if [ -n "$dry_run" ]; then
+        echo "ip netns exec gen ethtool -K $dev tx off"
+    else
+        ip netns exec gen ethtool -K "$dev" tx off >/dev/null
+    fi
     side '' dut0 $mac_dut tun0 br0 "$here" "$peer" $mac_gen
     [ "$topology" = bridge ] || act ip "$family" route add "$net" dev tun0
     [ -n "$forwards" ] || return 0
     act ip netns add out
     act ip netns add sink
-    quiet out
+    quiet out router
     quiet sink
     act ip link add out0 netns out type veth peer name sink0 netns sink
     act ip -n sink link set sink0 address $mac_sink up

@@ -170,6 +170,10 @@ pub(crate) struct Results {
     pub(crate) rows: Vec<Row>,
     pub(crate) latencies: Vec<Latency>,
     pub(crate) trials: usize,
+    /// Over all trials, also those that only narrowed a search.
+    pub(crate) offered: u64,
+    pub(crate) unexplained: u64,
+    pub(crate) wrong: u64,
 }
 
 /// One rate of one mode with frames of one size.
@@ -216,6 +220,9 @@ const WAITS: [(&str, Wait); 3] = [
     ),
 ];
 
+/// How often a trial in which the generator fell behind is made again.
+const RETRIES: usize = 2;
+
 /// Loads of the latency runs, in per cent of the rate that was found.
 const SHARES: [u32; 3] = [10, 50, 90];
 
@@ -259,6 +266,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
             rows: Vec::new(),
             latencies: Vec::new(),
             trials: 0,
+            offered: 0,
+            unexplained: 0,
+            wrong: 0,
         },
     };
     eprintln!("generator: {}", run.results.generator);
@@ -281,10 +291,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
             "interrupted: the report has what was measured until then".to_owned(),
         ));
     }
-    let all = || results.rows.iter().map(|row| &row.measured);
-    let all = || all().chain(results.latencies.iter().map(|one| &one.measured));
-    let unexplained: i64 = all().map(|one| one.unexplained.abs()).sum();
-    let wrong: u64 = all().map(Measured::wrong).sum();
+    let (unexplained, wrong) = (results.unexplained, results.wrong);
     if unexplained != 0 || wrong != 0 {
         return Err(Failure::Failed(format!(
             "the books do not balance: {unexplained} packets are unexplained, {wrong} came late, twice or damaged"
@@ -304,17 +311,12 @@ fn layout(options: &Options) -> Result<Layout, Failure> {
             options.source.port()
         )));
     }
-    if options.source.is_ipv6() && options.sizes.contains(&Size::Frame(64)) {
-        // 14 + 40 + 8 + 16 of the stamp + 4
-        let least = options
-            .sizes
-            .iter()
-            .all(|size| !matches!(size, Size::Frame(bytes) if *bytes < 82));
-        if !least {
-            return Err(Failure::Usage(
-                "over IPv6 the shortest frame that holds a stamp has 82 bytes: --sizes 82,…".to_owned(),
-            ));
-        }
+    // 14 + 40 + 8 + 16 of the stamp + 4
+    let short = |size: &Size| !matches!(size, Size::Frame(bytes) if *bytes >= 82);
+    if options.source.is_ipv6() && options.sizes.iter().any(short) {
+        return Err(Failure::Usage(
+            "over IPv6 the shortest frame that holds a stamp has 82 bytes, and there is no imix".to_owned(),
+        ));
     }
     Ok(Layout {
         bridge: options.topology == Topology::Bridge,
@@ -498,25 +500,29 @@ impl Run<'_> {
             ..Settings::default()
         };
         let mut searches = Vec::new();
+        let mut trials: Vec<(usize, f64, Measured)> = Vec::new();
         let mut start = through;
-        for _ in 0..repeats {
+        for number in 0..repeats {
             // A little above what it offered, since that was one moment's ceiling.
             let mut search = Search::new(&settings, &shares, ceiling * 1.05).starting_at(start);
             while let Some(trial) = search.next() {
+                let load = Load {
+                    rate: Some(trial.rate),
+                    time: trial.time,
+                    count: None,
+                    watch: false,
+                };
+                let mut measured = self.trial(rig, mode, size, load)?;
+                // A pause of the generator is not its limit.
+                for _ in 0..RETRIES {
+                    if measured.kept || self.stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    measured = self.trial(rig, mode, size, load)?;
+                }
                 if self.stop.load(Ordering::Relaxed) {
                     return Ok(None);
                 }
-                let measured = self.trial(
-                    rig,
-                    mode,
-                    size,
-                    Load {
-                        rate: Some(trial.rate),
-                        time: trial.time,
-                        count: None,
-                        watch: false,
-                    },
-                )?;
                 search.record(
                     trial,
                     Outcome {
@@ -525,31 +531,38 @@ impl Run<'_> {
                         loss: measured.loss(),
                     },
                 );
+                let rate = if measured.kept {
+                    trial.rate
+                } else {
+                    measured.offered_pps
+                };
+                trials.push((number, rate, measured));
             }
             let bounds = search.bounds();
             start = bounds.iter().filter_map(|bounds| bounds.lower).fold(1.0, f64::max);
             searches.push(bounds);
         }
         let mut found = None;
-        for (goal, &(_, what)) in goals.iter().enumerate() {
-            let of = |value: fn(&tun_driver::lab::throughput::search::Bounds) -> f64| {
-                let values: Vec<f64> = searches.iter().map(|bounds| value(&bounds[goal])).collect();
-                Spread::of(&values)
-            };
-            let (Some(lower), upper) = (of(|bounds| bounds.lower.unwrap_or(0.0)), of(|bounds| bounds.upper)) else {
+        for (goal, &(share, what)) in goals.iter().enumerate() {
+            let lowers: Vec<f64> = searches
+                .iter()
+                .map(|bounds| bounds[goal].lower.unwrap_or(0.0))
+                .collect();
+            let uppers: Vec<f64> = searches.iter().map(|bounds| bounds[goal].upper).collect();
+            let (Some(lower), upper) = (Spread::of(&lowers), Spread::of(&uppers)) else {
                 continue;
             };
-            if lower.median < 1.0 {
+            // The trial that is shown: of the search in the middle, the last one that passed at its lower bound.
+            let mut order: Vec<usize> = (0..lowers.len()).collect();
+            order.sort_by(|&one, &other| lowers[one].total_cmp(&lowers[other]));
+            let middle = order[order.len() / 2];
+            let shown = trials.iter().rev().find(|(number, rate, measured)| {
+                *number == middle && (rate / lowers[middle] - 1.0).abs() < 1e-6 && measured.loss() <= share
+            });
+            let Some((.., measured)) = shown else {
                 eprintln!("{mode}, {size} B: nothing passed for {what}");
                 continue;
-            }
-            let load = Load {
-                rate: Some(lower.median),
-                time: options.duration,
-                count: None,
-                watch: false,
             };
-            let measured = self.trial(rig, mode, size, load)?;
             found = Some(lower.median);
             self.results.rows.push(Row {
                 mode,
@@ -559,7 +572,7 @@ impl Run<'_> {
                 upper,
                 generator_bound: searches.iter().all(|bounds| bounds[goal].generator_bound),
                 complete: searches.iter().all(|bounds| bounds[goal].complete),
-                measured,
+                measured: measured.clone(),
             });
         }
         Ok(found.or(Some(through)))
@@ -639,6 +652,9 @@ impl Run<'_> {
             .trial(load)
             .map_err(|error| Failure::Failed(format!("{mode}, {size} B: {error}")))?;
         self.results.trials += 1;
+        self.results.offered += measured.offered;
+        self.results.unexplained += measured.unexplained.unsigned_abs();
+        self.results.wrong += measured.wrong();
         if self.options.verbose {
             eprintln!(
                 "{mode}, {size} B: offered {:.0}/s{}, received {:.0}/s, lost {}, unexplained {}, {}",

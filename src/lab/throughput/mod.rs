@@ -200,12 +200,19 @@ const FAR_LINK: &str = "out0";
 const FAR_BRIDGE: &str = "br1";
 const SINK: &str = "sink0";
 
+/// A place that drops, on both ways.
+const QUEUE_FULL: &str = "tun0 tx_dropped (queue full)";
+
 /// Bytes of an Ethernet header, and of the frame check sequence.
 const ETHERNET: usize = 14;
 const FCS: usize = 4;
 
-/// Nothing is under way any more when nothing came for so long.
-const QUIET: Duration = Duration::from_millis(10);
+/// Nothing is under way any more when nothing came for so long, if all has come; if not, for as long as this.
+const QUIET: Duration = Duration::from_millis(5);
+const PATIENCE: Duration = Duration::from_millis(300);
+
+/// However much still moves after so long: it does not end.
+const ENOUGH: Duration = Duration::from_secs(3);
 
 impl Mode {
     /// All, as the command line names them.
@@ -376,10 +383,10 @@ impl Rig {
             });
             let before = self.moment()?;
             let source = self.emit(load);
-            if source.is_ok() {
-                self.wait_quiet(load);
-            }
-            let after = self.moment();
+            let after = match &source {
+                Ok(source) => self.wait_quiet(source.offered, &before).and_then(|()| self.moment()),
+                Err(_) => self.moment(),
+            };
             over.store(true, Ordering::Relaxed);
             let sink = sink_thread
                 .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
@@ -432,10 +439,19 @@ impl Rig {
         let setup = &self.setup;
         let lengths = setup.size.lengths();
         if setup.mode.sends() {
-            let mut spec = Spec::new(self.layout.source, self.layout.target);
+            // The other way round: to where the generator's packets come from. The source ports tell the flows here, too.
+            let (mut from, mut to) = (self.layout.target, self.layout.source);
+            from.set_port(self.layout.source.port());
+            to.set_port(self.layout.target.port());
+            let mut spec = Spec::new(from, to);
             if self.layout.bridge {
+                let Ethernet { source, target } = self.layout.ethernet;
+                let ethernet = Ethernet {
+                    source: target,
+                    target: source,
+                };
                 spec = spec.framing(Framing {
-                    ethernet: Some(self.layout.ethernet),
+                    ethernet: Some(ethernet),
                     ..Framing::NONE
                 });
             }
@@ -558,21 +574,30 @@ impl Rig {
         })
     }
 
-    /// Waits until nothing moves any more, two seconds at most.
-    fn wait_quiet(&self, load: Load) {
-        let bound = Instant::now() + Duration::from_secs(2).min(load.time + Duration::from_secs(1));
-        let moved = || {
+    /// Waits until all that was offered has arrived or was dropped, and nothing moves any more; or until nothing moved for so long that what is
+    /// missing will not come.
+    fn wait_quiet(&self, offered: u64, before: &Moment) -> io::Result<()> {
+        let bound = Instant::now() + ENOUGH;
+        let moved = || -> io::Result<(u64, u64, u64)> {
             let total = self.subject.counters().total;
-            (total.received_packets, total.sent_packets)
+            let dropped = self.here.read()?.since(&before.here).link(DEVICE).tx_dropped;
+            Ok((total.received_packets, total.sent_packets, dropped))
         };
-        let mut last = moved();
+        let earlier = before.engine.total.received_packets;
+        let mut last = moved()?;
+        let mut since = Instant::now();
         loop {
             thread::sleep(QUIET);
-            let now = moved();
-            if now == last || Instant::now() > bound {
-                return;
+            let now = moved()?;
+            if now != last {
+                (last, since) = (now, Instant::now());
             }
-            last = now;
+            // A worker may get no CPU for a while: as long as something is missing, there is more patience.
+            let arrived = self.setup.mode.sends() || now.0 - earlier + now.2 >= offered;
+            let patience = if arrived { QUIET } else { PATIENCE };
+            if since.elapsed() >= patience || Instant::now() > bound {
+                return Ok(());
+            }
         }
     }
 
@@ -685,6 +710,7 @@ impl Rig {
         let engine = (&after.engine, &before.engine);
         if self.setup.mode.sends() {
             drop("engine: refused by the kernel", source.refused);
+            drop(QUEUE_FULL, here.link(DEVICE).tx_dropped);
         } else {
             drop("generator: not sent in time", source.unsent);
             drop("generator: refused by the link", source.refused);
@@ -694,8 +720,8 @@ impl Rig {
                 .tx_dropped
                 .max(here.link(NEAR_LINK).rx_dropped);
             drop("veth gen0 to dut0 (backlog)", both.saturating_sub(source.refused));
+            drop(QUEUE_FULL, here.link(DEVICE).tx_dropped);
             let less = |field: fn(&Reading) -> u64| field(engine.0) - field(engine.1);
-            drop("tun0 tx_dropped (queue full)", here.link(DEVICE).tx_dropped);
             drop("engine: truncated", less(|reading| reading.total.truncated));
             drop(
                 "engine: refused by the kernel",

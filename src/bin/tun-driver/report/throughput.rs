@@ -101,7 +101,9 @@ pub(crate) fn json(results: &Results) -> Value {
         "repeats": results.repeats,
         "trial_s": results.trial.as_secs_f64(),
         "trials": results.trials,
-        "unexplained_packets": unexplained(results),
+        "offered_packets": results.offered,
+        "unexplained_packets": results.unexplained,
+        "wrong_packets": results.wrong,
         "rates": results.rows.iter().map(row_json).collect::<Vec<_>>(),
         "latencies": results.latencies.iter().map(latency_json).collect::<Vec<_>>(),
     })
@@ -212,16 +214,11 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
     ]
 }
 
-fn unexplained(results: &Results) -> i64 {
-    let rows = results.rows.iter().map(|row| &row.measured);
-    let all = rows.chain(results.latencies.iter().map(|one| &one.measured));
-    all.map(|one| one.unexplained.abs()).sum()
-}
-
 fn balance(results: &Results) -> String {
     format!(
-        "Unexplained packets: {} (offered - received - dropped at a place that counts it)",
-        unexplained(results)
+        "Books of all {} trials: {} packets offered, {} unexplained (neither received nor dropped at a place that counts it), {} late, twice or \
+         damaged.",
+        results.trials, results.offered, results.unexplained, results.wrong
     )
 }
 
