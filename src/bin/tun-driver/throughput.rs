@@ -655,6 +655,24 @@ impl Run<'_> {
         self.results.offered += measured.offered;
         self.results.unexplained += measured.unexplained.unsigned_abs();
         self.results.wrong += measured.wrong();
+        if measured.unexplained != 0 || measured.wrong() != 0 {
+            let hops: Vec<String> = measured
+                .hops
+                .iter()
+                .map(|(hop, count)| format!("{hop} {count}"))
+                .collect();
+            eprintln!(
+                "{mode}, {size} B: {} packets unexplained: offered {}, received {}, dropped {:?}; {}; counted on the way: {}; dropped by backlogs \
+                 anywhere: {}",
+                measured.unexplained,
+                measured.offered,
+                measured.received,
+                measured.drops,
+                measured.summary,
+                hops.join(", "),
+                measured.softnet_machine
+            );
+        }
         if self.options.verbose {
             eprintln!(
                 "{mode}, {size} B: offered {:.0}/s{}, received {:.0}/s, lost {}, unexplained {}, {}",

@@ -143,6 +143,8 @@ pub struct Measured {
     pub received: u64,
     /// Where packets were dropped, in the order of their way, by the counters of each place; only where there were any.
     pub drops: Vec<(String, u64)>,
+    /// What each place on the way counted, in the kernel's words: where drops do not explain a loss, these tell between which two it is.
+    pub hops: Vec<(String, u64)>,
     /// Offered, neither received nor dropped anywhere that counts. Negative: more was dropped than was offered.
     pub unexplained: i64,
     /// Packets that the backlog of some CPU had no room for, on the whole machine (`/proc/net/softnet_stat`). Those at our links are in
@@ -665,6 +667,7 @@ impl Rig {
             received: summary.received,
             unexplained: source.offered as i64 - summary.received as i64 - dropped as i64,
             drops,
+            hops: self.hops(before, after),
             softnet_machine: after.softnet.saturating_sub(before.softnet),
             l2_bytes: books.bytes() + summary.received * overhead as u64,
             summary,
@@ -692,6 +695,39 @@ impl Rig {
                 .collect(),
             way: source.way,
         })
+    }
+
+    /// What each place counted, in the order of the way; only where it is not 0.
+    fn hops(&self, before: &Moment, after: &Moment) -> Vec<(String, u64)> {
+        let mut hops = Vec::new();
+        let mut side = |counts: &Counts, names: &[&str]| {
+            for name in names {
+                let link = counts.link(name);
+                hops.extend([
+                    (format!("{name} rx_packets"), link.rx_packets),
+                    (format!("{name} rx_dropped"), link.rx_dropped),
+                    (format!("{name} tx_packets"), link.tx_packets),
+                    (format!("{name} tx_dropped"), link.tx_dropped),
+                ]);
+            }
+            hops.push(("dropped by IP".to_owned(), counts.stack()));
+        };
+        let generator_side = after.generator_side.since(&before.generator_side);
+        side(&generator_side, &[&self.layout.gen_interface]);
+        side(&after.here.since(&before.here), &[NEAR_LINK, BRIDGE, DEVICE]);
+        if let Some((after, before)) = after.out.as_ref().zip(before.out.as_ref()) {
+            side(&after.since(before), &[SECOND, FAR_BRIDGE, FAR_LINK]);
+        }
+        let (now, then) = (&after.engine.total, &before.engine.total);
+        hops.extend([
+            (
+                "engine received".to_owned(),
+                now.received_packets - then.received_packets,
+            ),
+            ("engine sent".to_owned(), now.sent_packets - then.sent_packets),
+        ]);
+        hops.retain(|&(_, count)| count > 0);
+        hops
     }
 
     /// What each place says it dropped, in the order of the way.

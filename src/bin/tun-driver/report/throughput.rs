@@ -145,12 +145,18 @@ fn measured_json(one: &Measured) -> Value {
         .iter()
         .map(|(place, packets)| json!({ "place": place, "packets": packets }))
         .collect();
+    let hops: Vec<Value> = one
+        .hops
+        .iter()
+        .map(|(hop, packets)| json!({ "counter": hop, "packets": packets }))
+        .collect();
     let histogram = |histogram: &Histogram<u64>| (!histogram.is_empty()).then(|| quantiles_json(histogram));
     json!({
         "generator": one.way,
         "offered_packets": one.offered,
         "received_packets": one.received,
         "drops": drops,
+        "hops": hops,
         "unexplained_packets": one.unexplained,
         "softnet_dropped_machine_packets": one.softnet_machine,
         "late_packets": one.summary.late,
