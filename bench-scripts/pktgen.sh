@@ -88,7 +88,7 @@ done
 set -- "${arguments[@]+"${arguments[@]}"}"
 
 value() {
-    [ $# -ge 2 ] || die 2 "$1 wants a value; -h tells"
+    if [ $# -lt 2 ] || [[ $2 == --* ]]; then die 2 "$1 wants a value; -h tells"; fi
     printf '%s' "$2"
 }
 while [ $# -gt 0 ]; do

@@ -221,7 +221,10 @@ const WAITS: [(&str, Wait); 3] = [
 ];
 
 /// How often a trial in which the generator fell behind is made again.
-const RETRIES: usize = 2;
+const RETRIES: usize = 1;
+
+/// A search that took longer than so many of its long trials ends with what it has: on a noisy machine it would not end well anyway.
+const PATIENCE: u32 = 10;
 
 /// Loads of the latency runs, in per cent of the rate that was found.
 const SHARES: [u32; 3] = [10, 50, 90];
@@ -505,7 +508,11 @@ impl Run<'_> {
         for number in 0..repeats {
             // A little above what it offered, since that was one moment's ceiling.
             let mut search = Search::new(&settings, &shares, ceiling * 1.05).starting_at(start);
+            let began = Instant::now();
             while let Some(trial) = search.next() {
+                if began.elapsed() > options.duration * PATIENCE {
+                    break;
+                }
                 let load = Load {
                     rate: Some(trial.rate),
                     time: trial.time,

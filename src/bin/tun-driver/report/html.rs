@@ -23,7 +23,12 @@ pub(super) fn page(results: &Results) -> String {
         .children(results.curves.iter().map(|one| curve(one, &looks)))
         .children(results.scalings.iter().map(scaling))
         .children(results.acts.iter().map(acts))
-        .child(footer());
+        .child(footer(READING, SILENCE));
+    whole("tun-driver bench", body)
+}
+
+/// A body as a page.
+pub(super) fn whole(title: &str, body: Node) -> String {
     let head = node("head")
         .child(node("meta").with("charset", "utf-8"))
         .child(
@@ -31,12 +36,20 @@ pub(super) fn page(results: &Results) -> String {
                 .with("name", "viewport")
                 .with("content", "width=device-width, initial-scale=1"),
         )
-        .child(node("title").text("tun-driver bench"))
+        .child(node("title").text(title))
         .child(node("style").text(include_str!("style.css")));
     format!(
         "<!DOCTYPE html>\n{}\n",
         node("html").with("lang", "en").child(head).child(body)
     )
+}
+
+/// A plot as a file of its own.
+pub(super) fn alone(plot: Node) -> String {
+    let plot = plot
+        .with("xmlns", "http://www.w3.org/2000/svg")
+        .child(node("style").text(include_str!("style.css")));
+    format!("{plot}\n")
 }
 
 /// The cases in reading order.
@@ -250,7 +263,7 @@ fn medians(outcome: &Outcome, looks: &Looks) -> Bars {
     }
 }
 
-fn bar(name: &str, text: &str, look: usize, value: &Spread, unit: &str) -> Bar {
+pub(super) fn bar(name: &str, text: &str, look: usize, value: &Spread, unit: &str) -> Bar {
     Bar {
         name: name.to_owned(),
         text: text.to_owned(),
@@ -266,7 +279,7 @@ fn bar(name: &str, text: &str, look: usize, value: &Spread, unit: &str) -> Bar {
 }
 
 /// Shares by how rare what lies above them is: each ten times rarer than the one before is one step further right.
-const SHARES: [(f64, &str); 7] = [
+pub(super) const SHARES: [(f64, &str); 7] = [
     (0.5, "50 %"),
     (0.9, "90 %"),
     (0.99, "99 %"),
@@ -276,7 +289,7 @@ const SHARES: [(f64, &str); 7] = [
     (0.999999, "99.9999 %"),
 ];
 
-fn rarity(share: f64) -> f64 {
+pub(super) fn rarity(share: f64) -> f64 {
     -(1.0 - share).log10()
 }
 
@@ -317,7 +330,7 @@ fn percentiles(outcome: &Outcome, looks: &Looks) -> Lines {
     }
 }
 
-fn distribution(name: &str, histogram: &Histogram<u64>) -> Vec<Dot> {
+pub(super) fn distribution(name: &str, histogram: &Histogram<u64>) -> Vec<Dot> {
     let rarest = (histogram.len().max(1) as f64).log10();
     let dot = |share: f64, mark, what: &str| {
         let micros = histogram.value_at_quantile(share) as f64 / 1e3;
@@ -538,7 +551,7 @@ fn acts(acts: &Acts) -> Node {
         .child(columns(&table))
 }
 
-fn footer() -> Node {
+pub(super) fn footer(reading: &[(&str, &str)], silence: &[(&str, &str)]) -> Node {
     let points = |points: &[(&str, &str)]| {
         described(
             points
@@ -548,12 +561,12 @@ fn footer() -> Node {
     };
     node("footer")
         .child(node("h2").text("How to read this"))
-        .child(points(READING))
+        .child(points(reading))
         .child(node("h2").text("What it does not show"))
-        .child(points(SILENCE))
+        .child(points(silence))
 }
 
-fn figure(caption: &str, plot: Node) -> Node {
+pub(super) fn figure(caption: &str, plot: Node) -> Node {
     node("figure").child(node("figcaption").text(caption)).child(plot)
 }
 
@@ -563,7 +576,7 @@ fn legend<'a>(ways: impl Iterator<Item = &'a str>, looks: &Looks) -> Node {
 }
 
 /// A table whose first `words` columns are words.
-fn drawn(table: &Table, words: usize) -> Node {
+pub(super) fn drawn(table: &Table, words: usize) -> Node {
     // The last column of words stays in view when a narrow window scrolls.
     let class = |index: usize| match index {
         _ if index + 1 == words => "words key",
@@ -606,7 +619,7 @@ fn drawn(table: &Table, words: usize) -> Node {
     )
 }
 
-fn columns(table: &Table) -> Node {
+pub(super) fn columns(table: &Table) -> Node {
     node("details")
         .child(node("summary").text("What the columns mean"))
         .child(described(
@@ -617,7 +630,7 @@ fn columns(table: &Table) -> Node {
         ))
 }
 
-fn described(points: impl Iterator<Item = (String, String)>) -> Node {
+pub(super) fn described(points: impl Iterator<Item = (String, String)>) -> Node {
     node("dl").children(points.flat_map(|(about, told)| [node("dt").text(about), node("dd").text(told)]))
 }
 

@@ -11,9 +11,11 @@ use tun_driver::lab::measure::{Spread, quantiles_json};
 use tun_driver::lab::throughput::Measured;
 
 use super::histograms::{self, Group};
+use super::markup::{Node, node};
+use super::svg::{self, Axis, Bar, Bars, Lines, Scale, Trace};
 use super::tables::{Cell, Column, Table, column};
 use super::text::rendered;
-use super::{numbers, utc};
+use super::{html, numbers, utc};
 use crate::Failure;
 use crate::throughput::{Latency, Results, Row};
 
@@ -52,6 +54,10 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> R
     };
     write("throughput.json", &format!("{object:#}\n"))?;
     write("throughput.md", &markdown(results))?;
+    write("throughput.html", &page(results))?;
+    for (name, _, plot) in plots(results) {
+        write(&format!("{name}.svg"), &html::alone(plot))?;
+    }
     let took = Duration::from_secs_f64(results.seconds);
     for group in groups(results) {
         for (tag, histogram) in &group.entries {
@@ -81,6 +87,167 @@ fn groups(results: &Results) -> Vec<Group<'_>> {
             }
         })
         .collect()
+}
+
+/// One page of HTML that needs nothing else.
+fn page(results: &Results) -> String {
+    let mut header = node("header").child(node("h1").text("Throughput over veth"));
+    if results.unexplained + results.wrong > 0 {
+        header = header.child(
+            node("p")
+                .class("warning")
+                .text("The books do not balance. Do not cite these figures."),
+        );
+    }
+    let lines = provenance(results).into_iter();
+    let header = header
+        .child(node("div").class("verdict").child(node("p").text(balance(results))))
+        .child(html::described(lines.map(|(about, told)| (about.to_owned(), told))));
+    let mut body = node("body").child(header);
+    let mut plots = plots(results);
+    let latency_plots = plots.split_off(1.min(plots.len()));
+    for (heading, told, plots, table, words) in [
+        (
+            "Rates",
+            "As much as can be offered (MRR), and the highest rate without loss (NDR) and with half a per cent (PDR).",
+            plots,
+            rates(results),
+            3,
+        ),
+        (
+            "Latency",
+            "Packets are sent on a fixed schedule, at shares of the rate that was found, and each counts from the time at which it was due.",
+            latency_plots,
+            latencies(results),
+            4,
+        ),
+    ] {
+        if table.rows.is_empty() {
+            continue;
+        }
+        let figures = plots.into_iter().map(|(_, caption, plot)| html::figure(&caption, plot));
+        body = body.child(
+            node("section")
+                .child(node("h2").text(heading))
+                .child(node("p").text(told))
+                .child(legend(heading == "Latency"))
+                .child(node("div").class("plots").children(figures))
+                .child(html::drawn(&table, words))
+                .child(html::columns(&table)),
+        );
+    }
+    html::whole("Throughput over veth", body.child(html::footer(READING, SILENCE)))
+}
+
+/// What the lines are.
+fn legend(waits: bool) -> Node {
+    let names: &[&str] = if waits { &WAITS } else { &[] };
+    let entries = names
+        .iter()
+        .enumerate()
+        .map(|(look, name)| node("li").child(svg::swatch(look)).text(name));
+    node("ul").class("legend").children(entries)
+}
+
+/// All plots: a name for the file, a caption, and the plot. That of the rates comes first.
+fn plots(results: &Results) -> Vec<(String, String, Node)> {
+    let mut plots = Vec::new();
+    let most = results.rows.iter().map(|row| row.rate.max / 1e3).fold(1.0, f64::max);
+    let bars = Bars {
+        told: "Bars: packets per second by mode, size and goal. The table below has the figures.".to_owned(),
+        axis: "thousand packets per second; higher is better".to_owned(),
+        scale: Scale::from_zero(most),
+        rows: results.rows.iter().map(bar).collect(),
+    };
+    plots.push((
+        "rates".to_owned(),
+        "Rates, with the range of the repeats".to_owned(),
+        svg::bars(&bars),
+    ));
+    let mut done: Vec<(String, u32)> = Vec::new();
+    for one in &results.latencies {
+        let key = (format!("{}-{}B", one.mode, one.size), one.share);
+        if done.contains(&key) {
+            continue;
+        }
+        let same: Vec<&Latency> = results
+            .latencies
+            .iter()
+            .filter(|other| (other.mode, other.size, other.share) == (one.mode, one.size, one.share))
+            .collect();
+        let title = format!(
+            "{}, {} B, at {} % of the rate that was found",
+            one.mode, one.size, one.share
+        );
+        plots.push((
+            format!("latency-{}-{}pct", key.0, key.1),
+            title.clone(),
+            svg::lines(&distribution(&title, &same)),
+        ));
+        done.push(key);
+    }
+    plots
+}
+
+fn bar(row: &Row) -> Bar {
+    let name = format!("{}, {} B, {}", row.mode, row.size, row.what);
+    let text = format!("{} kpps", numbers::short(row.rate.median / 1e3));
+    Bar {
+        hint: format!("{name}: {text}"),
+        look: match row.what {
+            "NDR" => 1,
+            "PDR" => 2,
+            _ => 0,
+        },
+        name: if row.generator_bound {
+            format!("{name} (generator-bound)")
+        } else {
+            name
+        },
+        text,
+        value: row.rate.median / 1e3,
+        whisker: (row.rate.min / 1e3, row.rate.max / 1e3),
+    }
+}
+
+fn distribution(title: &str, lines: &[&Latency]) -> Lines {
+    let count = lines
+        .iter()
+        .map(|one| one.measured.latency.len())
+        .max()
+        .unwrap_or(1)
+        .max(10);
+    let rarest = (count as f64).log10();
+    let ticks: Vec<(f64, String)> = html::SHARES
+        .iter()
+        .map(|(share, label)| (html::rarity(*share), (*label).to_owned()))
+        .filter(|(place, _)| *place <= rarest)
+        .collect();
+    let traces: Vec<Trace> = lines
+        .iter()
+        .filter(|one| !one.measured.latency.is_empty())
+        .map(|one| Trace {
+            look: WAITS.iter().position(|name| *name == one.wait).unwrap_or(0),
+            dots: html::distribution(one.wait, &one.measured.latency),
+        })
+        .collect();
+    let all = traces.iter().flat_map(|trace| trace.dots.iter().map(|dot| dot.y));
+    Lines {
+        told: format!(
+            "Lines: latency over percentile, one line per manner of waiting; {title}. The table below has the usual percentiles."
+        ),
+        y: Axis {
+            label: "µs, logarithmic; lower is better".to_owned(),
+            scale: Scale::log_around(all),
+            ticks: vec![],
+        },
+        x: Axis {
+            label: "share of the packets that took at most this long".to_owned(),
+            scale: Scale::Linear { low: 0.0, high: rarest },
+            ticks,
+        },
+        lines: traces,
+    }
 }
 
 pub(crate) fn json(results: &Results) -> Value {
@@ -405,6 +572,25 @@ fn percent_fine(share: f64) -> String {
         format!("{:.4} %", share * 100.0)
     }
 }
+
+/// The manners of waiting, in the order of their looks.
+const WAITS: [&str; 3] = ["block", "moderate", "spin"];
+
+/// What must not be concluded.
+const SILENCE: &[(&str, &str)] = &[
+    (
+        "A network",
+        "there is no network card. Generator, kernel and engine share the cores, caches and memory of one host; with few cores they take turns on them.",
+    ),
+    (
+        "The engine alone",
+        "in echo and forward the engine's threads carry each packet back through the stack, which costs several times what the engine does itself.",
+    ),
+    (
+        "Rare delays",
+        "a virtual machine is stopped now and then for milliseconds. The far right of the plots, and losses near the limit, tell of that as much as of the engine.",
+    ),
+];
 
 /// How the figures came about.
 const READING: &[(&str, &str)] = &[

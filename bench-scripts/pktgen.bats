@@ -1,0 +1,156 @@
+#!/usr/bin/env bats
+# What bench-scripts/pktgen.sh promises: options, dry run, errors, clean-up. The runs themselves need root and /dev/net/tun.
+
+setup() {
+    script="$BATS_TEST_DIRNAME/pktgen.sh"
+    host=$(readlink /proc/self/ns/net)
+    out=$(mktemp -d)
+    unset DEV PKT_SIZE DEST_IP DST_MAC DST_PORT THREADS F_THREAD SKB_CLONE COUNT BURST DELAY IP6 VERBOSE DEBUG APPEND
+}
+
+teardown() {
+    rm -rf "$out"
+}
+
+need_root() {
+    if [ "$(id -u)" -ne 0 ] || [ ! -c /dev/net/tun ]; then
+        [ -z "${TUN_DRIVER_REQUIRE_ALL:-}" ] || { echo "root and /dev/net/tun are required here" && return 1; }
+        skip "wants root and /dev/net/tun"
+    fi
+}
+
+links() {
+    ip -o link show | sed 's/^[0-9]*: //; s/[@:].*//' | sort
+}
+
+refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
+    local code=$1 word=$2
+    shift 2
+    run "$script" "$@" --dry-run
+    [ "$status" -eq "$code" ]
+    [[ $output == *"$word"* ]]
+    [[ $output != *unshare* ]]
+}
+
+@test "-h tells every option" {
+    run "$script" -h
+    [ "$status" -eq 0 ]
+    for option in -i -s -d -m -p -t -f -c -n -b -w -6 -v -x -a --gen --topology --mode --backend --queues --flows --sizes --rate --search \
+        --duration --repeat --json --out --dry-run --keep --install; do
+        [[ $output == *"$option"* ]] || { echo "$option is not told"; return 1; }
+    done
+}
+
+@test "wrong values end with code 2 and a word about them" {
+    refused 2 "no such option" --nonsense
+    refused 2 "wants a value" --mode
+    refused 2 "--gen trafgen" --gen trafgen
+    refused 2 "--topology ring" --topology ring
+    refused 2 "--mode fly" --mode recv,fly
+    refused 2 "--backend dpdk" --backend dpdk
+    refused 2 "--queues 0" --queues 0
+    refused 2 "--queues many" --queues many
+    refused 2 "--flows 50000" --flows 50000
+    refused 2 "--sizes 63" --sizes 63
+    refused 2 "--sizes 1519" --sizes 64,1519
+    refused 2 "--sizes 64" -6 --sizes 64
+    refused 2 "--search fast" --search fast
+    refused 2 "--duration soon" --duration soon
+    refused 2 "-c 4" -c 4
+    refused 2 "-b 8" -b 8
+    refused 2 "-s 1515" -s 1515
+    refused 2 "-i " -i "too/long;name"
+    refused 2 "give one" -s 60 --sizes 64
+    refused 2 "give one" -w 1000 --rate 1000
+    refused 2 "imix" --gen pktgen --sizes imix
+    refused 2 "imix" -6 --sizes imix
+}
+
+@test "a dry run prints each command and does none" {
+    before=$(links)
+    run "$script" --dry-run --mode forward --gen pktgen
+    [ "$status" -eq 0 ]
+    for line in "unshare --net --mount" "ip netns add gen" "ip link add dut0 type veth peer name gen0 netns gen" \
+        "ip tuntap add dev tun0 mode tun" "ip -4 route add 198.19.0.0/16 dev tun0" "ip -n out tuntap add dev tun1 mode tun" "throughput"; do
+        [[ $output == *"$line"* ]] || { echo "missing: $line"; return 1; }
+    done
+    [ "$(links)" = "$before" ]
+    [ ! -e /run/netns/gen ]
+}
+
+@test "letters and environment variables mean the same" {
+    letters=$("$script" --dry-run -i g1 -s 508 -d 198.19.7.7 -m 02:00:00:00:00:09 -p 77 -t 2 -f 1 -n 500 -w 2000 | grep -v -- --command)
+    variables=$(DEV=g1 PKT_SIZE=508 DEST_IP=198.19.7.7 DST_MAC=02:00:00:00:00:09 DST_PORT=77 THREADS=2 F_THREAD=1 COUNT=500 DELAY=2000 \
+        "$script" --dry-run | grep -v -- --command)
+    [ "$letters" = "$variables" ]
+    run "$script" --dry-run -i g1 -s508 -p 77 -n 500 -w 2000
+    [[ $output == *"--sizes 512"* && $output == *"--rate 500000"* && $output == *"--count 500"* && $output == *"--interface g1"* ]]
+    [[ $output == *"198.19.0.2:77"* ]]
+}
+
+@test "a bridge has a TAP, and two queues are asked for" {
+    run "$script" --dry-run --topology bridge --queues 2
+    [ "$status" -eq 0 ]
+    [[ $output == *"ip tuntap add dev tun0 mode tap multi_queue"* && $output == *"link add br0 type bridge"* ]]
+}
+
+@test "letters may stand together" {
+    run "$script" -6v --dry-run
+    [ "$status" -eq 0 ]
+    [[ $output == *"fd00:19::/64"* && $output == *"--verbose"* ]]
+}
+
+@test "a missing tool is told with the line that installs it, and nothing is installed" {
+    mkdir "$out/bin"
+    for tool in bash readlink dirname cat id mktemp sort printf; do
+        ln -s "$(command -v $tool)" "$out/bin/$tool"
+    done
+    PATH="$out/bin" run bash "$script"
+    [ "$status" -eq 77 ]
+    [[ $output == *"apt-get update && apt-get install -y --no-install-recommends"*ethtool*iproute2* ]]
+}
+
+@test "inside somebody's namespace it refuses" {
+    need_root
+    TUN_DRIVER_OUTSIDE=$host run "$script"
+    [ "$status" -eq 1 ]
+    [[ $output == *"nothing was done"* ]]
+}
+
+@test "the tool refuses to send out of what is no veth" {
+    need_root
+    run unshare --net -- sh -c "ip link add d0 type bridge && '$BATS_TEST_DIRNAME/../target/release/tun-driver' throughput --gen builtin \
+        --gen-netns /proc/self/ns/net --interface d0 --out '$out'"
+    [ "$status" -eq 2 ]
+    [[ $output == *"veth only"* ]]
+}
+
+@test "a run balances its books, writes its files, and leaves nothing behind" {
+    need_root
+    before=$(links)
+    run "$script" --gen builtin --mode recv-many,echo --sizes 64 --search pdr --duration 0.3 --repeat 1 --json --out "$out"
+    [ "$status" -eq 0 ]
+    [ "$(links)" = "$before" ]
+    [ ! -e /run/netns/gen ]
+    grep -q '"unexplained_packets": 0' "$out/throughput.json"
+    grep -q '"generator": "builtin"' "$out/throughput.json"
+    for file in throughput.md throughput.html latency-echo-64B-block-50pct-all.hgrm latency-echo-64B-block-50pct.hlog \
+        latency-echo-64B-spin-90pct-q0.hgrm; do
+        [ -s "$out/$file" ] || { echo "missing: $file"; return 1; }
+    done
+}
+
+@test "ctrl-C ends a run, with the report so far and nothing left behind" {
+    need_root
+    before=$(links)
+    setsid "$script" --gen builtin --duration 2 --out "$out" >"$out/log" 2>&1 &
+    run_id=$!
+    sleep 4
+    kill -INT -- "-$run_id"
+    code=0
+    wait "$run_id" || code=$?
+    [ "$code" -eq 1 ] || { cat "$out/log"; return 1; }
+    [ -s "$out/throughput.json" ]
+    [ "$(links)" = "$before" ]
+    ! pgrep -s "$run_id"
+}
