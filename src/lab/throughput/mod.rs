@@ -209,12 +209,12 @@ const QUEUE_FULL: &str = "tun0 tx_dropped (queue full)";
 const ETHERNET: usize = 14;
 const FCS: usize = 4;
 
-/// Nothing is under way any more when nothing came for so long, if all has come; if not, for as long as this.
+/// Nothing is under way any more when all has come, or when nothing came between so many looks at such a distance.
 const QUIET: Duration = Duration::from_millis(5);
-const PATIENCE: Duration = Duration::from_millis(300);
+const LOOKS: u32 = 20;
 
 /// However much still moves after so long: it does not end.
-const ENOUGH: Duration = Duration::from_secs(3);
+const ENOUGH: Duration = Duration::from_secs(10);
 
 impl Mode {
     /// All, as the command line names them.
@@ -587,17 +587,16 @@ impl Rig {
         };
         let earlier = before.engine.total.received_packets;
         let mut last = moved()?;
-        let mut since = Instant::now();
+        let mut unmoved = 0;
         loop {
             thread::sleep(QUIET);
+            // Each worker answers, so each had a CPU since the last look: on a busy machine that may take a while.
+            self.subject.read()?;
             let now = moved()?;
-            if now != last {
-                (last, since) = (now, Instant::now());
-            }
-            // A worker may get no CPU for a while: as long as something is missing, there is more patience.
+            unmoved = if now == last { unmoved + 1 } else { 0 };
+            last = now;
             let arrived = self.setup.mode.sends() || now.0 - earlier + now.2 >= offered;
-            let patience = if arrived { QUIET } else { PATIENCE };
-            if since.elapsed() >= patience || Instant::now() > bound {
+            if unmoved >= if arrived { 1 } else { LOOKS } || Instant::now() > bound {
                 return Ok(());
             }
         }

@@ -232,14 +232,21 @@ fn distribution(title: &str, lines: &[&Latency]) -> Lines {
         })
         .collect();
     let all = traces.iter().flat_map(|trace| trace.dots.iter().map(|dot| dot.y));
+    let scale = Scale::log_around(all);
+    let time = |micros: f64| match micros {
+        ..1e3 => format!("{} µs", numbers::plain(micros)),
+        ..1e6 => format!("{} ms", numbers::plain(micros / 1e3)),
+        _ => format!("{} s", numbers::plain(micros / 1e6)),
+    };
+    let times = scale.ticks().into_iter().map(|tick| (tick, time(tick))).collect();
     Lines {
         told: format!(
             "Lines: latency over percentile, one line per manner of waiting; {title}. The table below has the usual percentiles."
         ),
         y: Axis {
-            label: "µs, logarithmic; lower is better".to_owned(),
-            scale: Scale::log_around(all),
-            ticks: vec![],
+            label: "latency, logarithmic; lower is better".to_owned(),
+            scale,
+            ticks: times,
         },
         x: Axis {
             label: "share of the packets that took at most this long".to_owned(),
