@@ -352,7 +352,7 @@ impl PktgenStamp {
             flow: self.port.wrapping_sub(port),
             sequence: self.sequence.wrapping_sub(1),
             length: self.length,
-            sent: (self.sent_us * 1_000).wrapping_sub_signed(ahead) as u32,
+            sent: (self.sent_us * 1_000).wrapping_sub(ahead as u64) as u32,
         }
     }
 }
