@@ -145,7 +145,8 @@ impl Sample {
         self.wall += elapsed.wall;
     }
 
-    pub(super) fn figure(&self, name: &str) -> f64 {
+    /// A figure by name: [`CPU_NS`], [`WALL_NS`], or one of its own. No number where there is none of that name.
+    pub fn figure(&self, name: &str) -> f64 {
         let per_packet = |time: Duration| time.as_nanos() as f64 / self.packets as f64;
         match name {
             CPU_NS => per_packet(self.cpu),

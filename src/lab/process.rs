@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::sys::{cpu, lab};
@@ -211,6 +212,20 @@ pub fn pin_thread(cpu: usize) -> io::Result<()> {
 /// CPU time of the calling thread, user and system (CLOCK_THREAD_CPUTIME_ID).
 pub fn thread_cpu_time() -> Duration {
     lab::thread_cpu_time()
+}
+
+/// CPU time of another thread of this process, user and system.
+///
+/// # Errors
+///
+/// ESRCH or EINVAL once it has ended.
+pub fn cpu_time_of<T>(thread: &JoinHandle<T>) -> io::Result<Duration> {
+    lab::cpu_time_of(thread)
+}
+
+/// The CPUs that the calling thread may use, in rising order.
+pub fn allowed_cpus() -> io::Result<Vec<usize>> {
+    cpu::allowed()
 }
 
 /// CPU time of all threads of the process, user and system (CLOCK_PROCESS_CPUTIME_ID).

@@ -4,7 +4,9 @@ use std::io;
 use std::mem::size_of;
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::thread::JoinHandleExt;
 use std::ptr::NonNull;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::socket::Datagrams;
@@ -23,6 +25,20 @@ pub(crate) fn realtime_ahead_ns() -> i64 {
 /// CPU time that the calling thread has used.
 pub(crate) fn thread_cpu_time() -> Duration {
     clock(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+/// CPU time that another thread of the process has used; ESRCH or EINVAL once it has ended.
+pub(crate) fn cpu_time_of<T>(thread: &JoinHandle<T>) -> io::Result<Duration> {
+    let mut id = 0;
+    // SAFETY: a thread that is not joined yet has a valid handle, and `id` is writable for the call.
+    let refused = unsafe { libc::pthread_getcpuclockid(thread.as_pthread_t(), &mut id) };
+    if refused != 0 {
+        return Err(io::Error::from_raw_os_error(refused));
+    }
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: `time` is writable for the call.
+    unsafe { syscall!(clock_gettime(id, &mut time)) }?;
+    Ok(Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
 }
 
 /// CPU time that all threads of the process have used.
