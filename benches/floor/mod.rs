@@ -10,10 +10,12 @@ use std::mem::ManuallyDrop;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::ptr::{self, NonNull};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use io_uring::types::Fixed;
 use io_uring::{CompletionQueue, IoUring, SubmissionQueue, Submitter, opcode, squeue};
 use tun_driver::lab::cases::{Drained, Reply, Runner, Way, turn_around};
+use tun_driver::lab::monotonic_ns;
 
 /// One read(2) or write(2) per packet, with one buffer.
 #[derive(Clone, Copy, Debug)]
@@ -228,26 +230,36 @@ impl Way for Floor {
             .iter()
             .map(|name| open_tun(name, true))
             .collect::<io::Result<Vec<File>>>()?;
+        Ok(Box::new(self.on(devices)?))
+    }
+}
+
+impl Floor {
+    /// On devices that are open already. The thread that calls this is the one that uses it.
+    pub(crate) fn on(&self, devices: Vec<File>) -> io::Result<FloorRunner> {
         let region = Region::new(self.stride * SLOTS, self.huge_page)?;
         let ring = Ring::new(self, &devices, &region)?;
-        Ok(Box::new(FloorRunner {
+        Ok(FloorRunner {
             ring,
             region,
             setup: self.clone(),
             filled: (0, 0),
+            came: Vec::with_capacity(BURST),
             calls: 0,
             _devices: devices,
-        }))
+        })
     }
 }
 
 // The ring must be dropped before the region that its operations point to.
-struct FloorRunner {
+pub(crate) struct FloorRunner {
     ring: Ring,
     region: Region,
     setup: Floor,
     /// Length and number of the packets to send.
     filled: (usize, usize),
+    /// Slots with packets, and their lengths.
+    came: Vec<(usize, usize)>,
     calls: u64,
     _devices: Vec<File>,
 }
@@ -380,10 +392,132 @@ impl Runner for FloorRunner {
         }
     }
 
+    fn serve(&mut self, each: &mut dyn FnMut(&[u8], u64), over: &AtomicBool) -> io::Result<()> {
+        let mut ask = LEAST_ASKED;
+        while !over.load(Ordering::Acquire) {
+            let read = self.read(0, 0, 0).user_data(READ);
+            // SAFETY: as in `drain`; `wait` returns when the read has completed.
+            unsafe { self.ring.push(&read) }?;
+            let len = self.ring.wait(&mut 1, self.setup.spin)?;
+            let now = monotonic_ns();
+            // SAFETY: the read into this slot has completed with `len` bytes, at most SLOT_LEN, and no other operation is under way in it.
+            each(unsafe { std::slice::from_raw_parts(self.slot(0), len) }, now);
+            loop {
+                let came = self.burst_in(0, 0, ask)?;
+                let now = monotonic_ns();
+                for &(slot, len) in &self.came {
+                    // SAFETY: as above.
+                    each(unsafe { std::slice::from_raw_parts(self.slot(slot), len) }, now);
+                }
+                if next_ask(&mut ask, came, self.setup.burst) {
+                    break;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn calls(&self) -> u64 {
         self.calls
     }
 }
+
+impl FloorRunner {
+    /// Reads packets that are there into up to `asked` slots from `first` on; `came` has the slots that have one, and its length, in order.
+    fn burst_in(&mut self, device: usize, first: usize, asked: usize) -> io::Result<usize> {
+        for slot in first..first + asked {
+            let read = self.read(device, slot, libc::RWF_NOWAIT).user_data(slot as u64);
+            // SAFETY: as in `drain`.
+            unsafe { self.ring.push(&read) }?;
+        }
+        self.run_burst(asked)?;
+        self.came.clear();
+        let (mut slot, came) = (first, &mut self.came);
+        self.ring.reap(asked, |result| {
+            match result {
+                len if len >= 0 => came.push((slot, len as usize)),
+                empty if empty == -libc::EAGAIN => {}
+                errno => return Err(io::Error::from_raw_os_error(-errno)),
+            }
+            slot += 1;
+            Ok(())
+        })?;
+        Ok(self.came.len())
+    }
+
+    /// Writes what `came`.
+    fn burst_out(&mut self, device: usize) -> io::Result<()> {
+        let came = std::mem::take(&mut self.came);
+        for &(slot, len) in &came {
+            let write = self.write(device, slot, len, libc::RWF_NOWAIT);
+            // SAFETY: as in `send`.
+            unsafe { self.ring.push(&write) }?;
+        }
+        self.run_burst(came.len())?;
+        // What the device refuses is dropped, as it would be on any wire.
+        self.ring.reap(came.len(), |_| Ok(()))?;
+        self.came = came;
+        Ok(())
+    }
+
+    /// Carries packets from each of two devices to the other, until one of them tells an error.
+    ///
+    /// A read waits at each device; when one has completed, bursts take what else is there. Only entries that wait let the kernel finish what
+    /// was armed (DEFER_TASKRUN), so the completions of a burst are in a row.
+    #[allow(dead_code)] // for the comparison with other libraries
+    pub(crate) fn carry(&mut self) -> io::Result<()> {
+        let mut ask = [LEAST_ASKED; 2];
+        let mut armed = [false; 2];
+        loop {
+            for device in [0, 1] {
+                if !armed[device] {
+                    let read = self.read(device, device * BURST, 0).user_data(device as u64);
+                    // SAFETY: as in `drain`; no burst touches the slot before this read has completed.
+                    unsafe { self.ring.push(&read) }?;
+                    armed[device] = true;
+                }
+            }
+            let mut ready = [None; 2];
+            self.ring.wait_any(|device, result| {
+                if result < 0 {
+                    return Err(io::Error::from_raw_os_error(-result));
+                }
+                ready[device as usize] = Some(result as usize);
+                Ok(())
+            })?;
+            for (device, first) in ready.into_iter().enumerate() {
+                let Some(len) = first else { continue };
+                armed[device] = false;
+                self.came.clear();
+                self.came.push((device * BURST, len));
+                self.burst_out(1 - device)?;
+                loop {
+                    let came = self.burst_in(device, device * BURST, ask[device])?;
+                    if came > 0 {
+                        self.burst_out(1 - device)?;
+                    }
+                    if next_ask(&mut ask[device], came, self.setup.burst) {
+                        break;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether all there was came; and how much to ask for next.
+fn next_ask(ask: &mut usize, came: usize, most: usize) -> bool {
+    let all = came < *ask;
+    *ask = if all {
+        (came + 1).clamp(LEAST_ASKED, most)
+    } else {
+        (2 * *ask).min(most)
+    };
+    all
+}
+
+/// The fewest packets that are asked for where it is not known how many there are.
+const LEAST_ASKED: usize = 4;
 
 const READ: u64 = 1;
 const WRITE: u64 = 2;
@@ -466,6 +600,19 @@ impl Ring {
         }
         self.completion.sync();
         Ok(())
+    }
+
+    /// Submits what was pushed, waits for at least one completion, and shows all that there are.
+    fn wait_any(&mut self, mut each: impl FnMut(u64, i32) -> io::Result<()>) -> io::Result<()> {
+        let submit = self.submission.len() as u32;
+        match self.enter(submit, 1, true) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => drop(result?),
+        }
+        self.completion.sync();
+        self.completion
+            .by_ref()
+            .try_for_each(|entry| each(entry.user_data(), entry.result()))
     }
 
     /// Submits what was pushed and waits until all of the `under_way` operations have completed. Returns the length that the read gave.
@@ -570,7 +717,7 @@ impl Drop for Region {
 }
 
 /// Creates a TUN device with one queue and no packet info.
-fn open_tun(name: &str, nonblocking: bool) -> io::Result<File> {
+pub(crate) fn open_tun(name: &str, nonblocking: bool) -> io::Result<File> {
     let flags = if nonblocking { libc::O_NONBLOCK } else { 0 };
     let file = OpenOptions::new()
         .read(true)
