@@ -3,7 +3,7 @@
 //! | load | from | what is told of each round |
 //! |---|---|---|
 //! | [`tcp`] | iperf3 | `gbit_per_s` as received, `cpu_s_per_gb` of the carrying threads, `machine_cpu_s_per_gb` of all, `retransmits` |
-//! | [`datagrams`] | the built-in generator | `received_pps`, `gbit_per_s`, `p50_us`, `p99_us`, and where what did not arrive was lost |
+//! | [`datagrams`] | the built-in generator | `received_pps`, `gbit_per_s`, and where what did not arrive was lost |
 //!
 //! The ends of the load and the carrier share the machine's cores: what the carrier spends may be taken from them, so that the rate alone says
 //! little without the CPU time beside it. Who runs where is told by [`Places`].
@@ -24,7 +24,7 @@ use super::generator::{Config, Generated, Generator, Limit};
 use super::measure::{self, Plan, Report, Sample};
 use super::process::MachineCpu;
 use super::receiver::{Receiver, SocketReceiver, Until};
-use super::{Namespace, Sandbox, process};
+use super::{Namespace, Sandbox, Sink, process};
 use crate::netlink::{Handle, LinkStats};
 use crate::{Batch, Builder, Engine, Handler, Mode, MultiQueue, Placement, PortId, Seat, Worker, WorkerConfig};
 
@@ -204,22 +204,6 @@ impl Places {
             receiver: Some(from_end(2)),
         })
     }
-
-    /// As [`apart`](Self::apart), but where there are two CPUs only, the receiver is with the carrier: the sender leaves no time to others.
-    ///
-    /// # Errors
-    /// As [`apart`](Self::apart).
-    pub fn beside_a_busy_sender() -> io::Result<Self> {
-        let apart = Self::apart()?;
-        Ok(Self {
-            receiver: if apart.receiver == apart.sender {
-                apart.carrier
-            } else {
-                apart.receiver
-            },
-            ..apart
-        })
-    }
 }
 
 impl fmt::Display for Places {
@@ -258,17 +242,27 @@ pub struct Datagrams {
     pub flows: usize,
     /// How long.
     pub time: Duration,
-    /// Whether the receiver verifies the checksum of each payload, at the price of disturbing the carrier.
-    pub verify: bool,
+    /// Where they end.
+    pub end: DatagramsEnd,
+}
+
+/// Where datagrams end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DatagramsEnd {
+    /// A [`Sink`] behind the far device drops them, and the device counts: nothing disturbs the carrier.
+    Sink,
+    /// A thread receives each, checks that it is whole and in order, and takes its latency. With few CPUs it has to share one.
+    Receiver,
 }
 
 /// How the carriers did with datagrams.
 #[derive(Clone, Debug)]
 pub struct Datagramed {
     /// Per round and way, besides the usual: `sent_pps`, `received_pps`, `gbit_per_s`, `lost_ppm` and where: `dropped_queue_ppm` (the near device's
-    /// queue was full), `dropped_socket_ppm` (the receiver was too slow), `unexplained` (packets of which nobody knows); `p50_us`, `p99_us`.
+    /// queue was full), `dropped_socket_ppm` (the receiver was too slow), `unexplained` (packets of which nobody knows). With a receiver `p50_us`
+    /// and `p99_us`, too.
     pub report: Report,
-    /// Per way: latency in nanoseconds of all packets of the rounds that count, from the time at which each was due.
+    /// Per way: latency in nanoseconds of all packets of the rounds that count, from the time at which each was due. Empty without a receiver.
     pub latency: Vec<Histogram<u64>>,
 }
 
@@ -361,7 +355,9 @@ pub fn datagrams(
             .datagrams(load, places)
             .map_err(|error| told(ways[turn.way], &error))?;
         if turn.round >= plan.warm_up {
-            latency[turn.way].add(receiver.latency()).map_err(io::Error::other)?;
+            let own = receiver.as_ref().map(Receiver::latency);
+            own.map_or(Ok(()), |own| latency[turn.way].add(own))
+                .map_err(io::Error::other)?;
         }
         Ok(sample)
     })?;
@@ -402,6 +398,8 @@ const MTU: u32 = 1500;
 const TXQUEUELEN: u32 = 500;
 const NEAR: Ipv4Addr = Ipv4Addr::new(10, 250, 0, 1);
 const FAR: Ipv4Addr = Ipv4Addr::new(10, 250, 0, 2);
+/// An address that nobody has: for what ends in a sink.
+const BEYOND: Ipv4Addr = Ipv4Addr::new(10, 250, 0, 3);
 const DISCARD: u16 = 9;
 
 /// Bytes of a TCP segment at an MTU of 1500 with timestamps.
@@ -491,23 +489,48 @@ impl Stage {
         }
     }
 
-    fn datagrams(&mut self, load: Datagrams, places: Places) -> io::Result<(Sample, Receiver)> {
-        let stop = AtomicBool::new(false);
-        let mut receiver = self.far.run(|| {
-            let receiver = Receiver::new(load.flows).verify(load.verify);
-            SocketReceiver::bind((FAR, DISCARD).into(), receiver)
-        })??;
-        let config = Config {
-            flows: load.flows,
-            length: load.packet_len,
-            rate: load.rate,
-            limit: Limit::Time(load.time),
-            window: Duration::from_micros(5),
-            cpu: places.sender,
-            ..Config::new((FAR, DISCARD).into())
+    fn datagrams(&mut self, load: Datagrams, places: Places) -> io::Result<(Sample, Option<Receiver>)> {
+        match load.end {
+            DatagramsEnd::Sink => Ok((self.drop_behind(load, places)?, None)),
+            DatagramsEnd::Receiver => {
+                let (sample, receiver) = self.receive_behind(load, places)?;
+                Ok((sample, Some(receiver)))
+            }
+        }
+    }
+
+    fn drop_behind(&mut self, load: Datagrams, places: Places) -> io::Result<Sample> {
+        let index = self.netlinks[1].1;
+        let _sink = self.far.run(|| Sink::behind(index))??;
+        let (before, queue, arrived) = (
+            self.carrying.cpu_time()?,
+            self.stats(0)?.tx_dropped,
+            self.stats(1)?.rx_packets,
+        );
+        let generated = self.generate(load, places, BEYOND)?;
+        thread::sleep(SETTLE);
+        let received = self.stats(1)?.rx_packets - arrived;
+        let spent = self.carrying.cpu_time()?.saturating_sub(before);
+        let drops = Drops {
+            queue: self.stats(0)?.tx_dropped - queue,
+            socket: 0,
         };
+        Ok(datagram_sample(
+            load,
+            &generated,
+            received,
+            generated.wall,
+            &drops,
+            spent,
+        ))
+    }
+
+    fn receive_behind(&mut self, load: Datagrams, places: Places) -> io::Result<(Sample, Receiver)> {
+        let stop = AtomicBool::new(false);
+        let mut receiver = self
+            .far
+            .run(|| SocketReceiver::bind((FAR, DISCARD).into(), Receiver::new(load.flows)))??;
         let (before, queue) = (self.carrying.cpu_time()?, self.stats(0)?.tx_dropped);
-        let near = &self.near;
         let generated = thread::scope(|scope| {
             let receive = thread::Builder::new()
                 .name("receive".to_owned())
@@ -515,22 +538,46 @@ impl Stage {
                     pin(places.receiver)?;
                     receiver.run(Until::default(), &stop)
                 })?;
-            let generated = near.run(|| Generator::new(&config)?.run(&AtomicBool::new(false)));
+            let generated = self.generate(load, places, FAR);
             thread::sleep(SETTLE);
             stop.store(true, Ordering::Relaxed);
             receive
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            generated?
+            generated
         })?;
         let spent = self.carrying.cpu_time()?.saturating_sub(before);
         let drops = Drops {
             queue: self.stats(0)?.tx_dropped - queue,
             socket: u64::from(receiver.dropped()?),
         };
-        let mut receiver = receiver.into_receiver();
-        let sample = datagram_sample(load, &generated, &mut receiver, drops, spent)?;
+        let mut receiver = receiver.inreceive_behind();
+        generated.tell(receiver.tracker_mut());
+        let summary = receiver.summary();
+        if summary.late + summary.duplicates + summary.damaged + summary.invented > 0 {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, summary.to_string()));
+        }
+        let wall = receiver.span().max(generated.wall);
+        let mut sample = datagram_sample(load, &generated, summary.received, wall, &drops, spent);
+        let micros = |share: f64| receiver.latency().value_at_quantile(share) as f64 / 1e3;
+        sample
+            .figures
+            .extend([("p50_us", micros(0.5)), ("p99_us", micros(0.99))]);
         Ok((sample, receiver))
+    }
+
+    fn generate(&self, load: Datagrams, places: Places, target: Ipv4Addr) -> io::Result<Generated> {
+        let config = Config {
+            flows: load.flows,
+            length: load.packet_len,
+            rate: load.rate,
+            limit: Limit::Time(load.time),
+            window: Duration::from_micros(5),
+            cpu: places.sender,
+            ..Config::new((target, DISCARD).into())
+        };
+        self.near
+            .run(|| Generator::new(&config)?.run(&AtomicBool::new(false)))?
     }
 }
 
@@ -543,38 +590,28 @@ struct Drops {
 fn datagram_sample(
     load: Datagrams,
     generated: &Generated,
-    receiver: &mut Receiver,
-    drops: Drops,
+    received: u64,
+    wall: Duration,
+    drops: &Drops,
     spent: Duration,
-) -> io::Result<Sample> {
-    generated.tell(receiver.tracker_mut());
-    let summary = receiver.summary();
-    if summary.late + summary.duplicates + summary.damaged + summary.invented > 0 {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, summary.to_string()));
-    }
-    let wall = receiver.span().max(generated.wall);
-    let share = |packets: u64| packets as f64 * 1e6 / generated.sent.max(1) as f64;
-    let micros = |share: f64| receiver.latency().value_at_quantile(share) as f64 / 1e3;
-    let pps = summary.received as f64 / wall.as_secs_f64();
-    Ok(Sample {
-        packets: summary.received,
+) -> Sample {
+    let share = |packets: f64| packets * 1e6 / generated.sent.max(1) as f64;
+    let lost = generated.sent as f64 - received as f64;
+    let pps = received as f64 / wall.as_secs_f64();
+    Sample {
+        packets: received,
         cpu: spent,
         wall,
         figures: vec![
             ("sent_pps", generated.rate()),
             ("received_pps", pps),
             ("gbit_per_s", pps * load.packet_len as f64 * 8e-9),
-            ("lost_ppm", share(summary.lost)),
-            ("dropped_queue_ppm", share(drops.queue)),
-            ("dropped_socket_ppm", share(drops.socket)),
-            (
-                "unexplained",
-                summary.lost as f64 - drops.queue as f64 - drops.socket as f64,
-            ),
-            ("p50_us", micros(0.5)),
-            ("p99_us", micros(0.99)),
+            ("lost_ppm", share(lost)),
+            ("dropped_queue_ppm", share(drops.queue as f64)),
+            ("dropped_socket_ppm", share(drops.socket as f64)),
+            ("unexplained", lost - drops.queue as f64 - drops.socket as f64),
         ],
-    })
+    }
 }
 
 impl Server {

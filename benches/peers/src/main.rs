@@ -36,8 +36,8 @@
 //!   generator on the first, all carrying threads on the last. `wire-tcp` twice: `free` leaves all to the scheduler, `apart` has all carrying
 //!   threads on the last CPU, and iperf3's client on the first.
 //! - CPU time is that of the way's own threads, added up. Beside it, where interrupts and wake-ups matter, what the whole machine spent.
-//! - Every packet of `drain` and `sink` is accounted for, or the run fails; over the wire, order, doubles and damage are checked, and what is lost
-//!   is told by place.
+//! - Every packet of `drain` and `sink` is accounted for, or the run fails; over the wire, what is lost is told by place,
+//!   and `unexplained` has to be 0. That nothing is reordered, doubled or changed there, the tests of this package check.
 //!
 //! | case | what is timed |
 //! |---|---|
@@ -54,8 +54,8 @@
 //! - `latency`: behaviour under load; and that a spinning way takes a whole core, which only the CPU time tells.
 //! - `rates`: the loops that block read the clock for each packet, those that drain for every eighth, batches once: some 25 ns a packet on the
 //!   side of the batches.
-//! - `wire-udp`, as many as can be sent: with two CPUs the receiver shares one with the carrier, so the rate is of both together. Latency there is
-//!   that of full queues, and is not shown.
+//! - `wire-udp`: what a receiver costs, as a program drops the packets behind the far device. Where as many are sent as can be, the near device's
+//!   queue is always full, and the generator's cost of running into it is on another CPU.
 //! - `wire-tcp`: the ends of TCP run on the same machine and compete with the carrier, more so `free`; so a carrier that saves CPU gains throughput
 //!   twice. With superpackets the ends are what limits: look at CPU time per gigabyte. `machine_cpu_s_per_gb` counts everything on the machine.
 //! - All: one queue, one machine. Mitigations make system calls dear, which favours batches; nothing is said of network cards.

@@ -284,11 +284,19 @@ pub(crate) fn conclusion(tables: &[Table], missing: &[Missing]) -> String {
     let mut none = true;
     for table in tables {
         for &shown in &table.figures {
-            for way in 0..table.entries.len() {
-                for against in table.against(shown, way).iter().filter(|against| against.loses) {
+            for (way, entry) in table.entries.iter().enumerate() {
+                let lost = table.against(shown, way).into_iter().filter(|against| against.loses);
+                let lost: Vec<String> = lost.map(|against| against.told()).collect();
+                if !lost.is_empty() {
                     none = false;
-                    let name = &table.entries[way].name;
-                    let _ = writeln!(text, "- {}, {}: {name} {}", table.title, shown.name, against.told());
+                    let _ = writeln!(
+                        text,
+                        "- {}, {}: {} {}",
+                        table.title,
+                        shown.name,
+                        entry.name,
+                        lost.join("; ")
+                    );
                 }
             }
         }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tun_driver::lab::cases::{self, Load, Way};
 use tun_driver::lab::measure::Plan;
 use tun_driver::lab::offered::{Offer, offered};
-use tun_driver::lab::wire::{self, Carrier, Datagrams, Places, Transfer};
+use tun_driver::lab::wire::{self, Carrier, Datagrams, DatagramsEnd, Places, Transfer};
 use tun_driver::lab::{Namespace, Sandbox};
 
 use crate::versions;
@@ -101,20 +101,26 @@ fn every_carrier_carries_datagrams_intact() {
             .filter(|taking| taking.entry.tier == 1)
             .map(|taking| &*taking.way)
             .collect();
-        for packet_len in [64, 1400] {
+        for (packet_len, end) in [
+            (64, DatagramsEnd::Receiver),
+            (1400, DatagramsEnd::Receiver),
+            (1400, DatagramsEnd::Sink),
+        ] {
             let load = Datagrams {
                 rate: Some(10_000),
                 packet_len,
                 flows: 4,
                 time: Duration::from_millis(100),
-                verify: true,
+                end,
             };
+            // Fails if one is doubled, reordered or changed.
             let carried = wire::datagrams(sandbox, &ways, load, Places::FREE, &once(), &mut nothing).expect("carried");
             for way in &carried.report.ways {
                 let sample = &way.samples[0];
                 let lost = sample.figure("lost_ppm");
+                // A machine that is busy otherwise may overflow the queue.
                 assert!(
-                    sample.packets > 500 && lost < 500_000.0,
+                    (500..=1_000).contains(&sample.packets),
                     "{}: {} packets, {lost} ppm lost",
                     way.name,
                     sample.packets
