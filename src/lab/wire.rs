@@ -405,8 +405,8 @@ const DISCARD: u16 = 9;
 /// Bytes of a TCP segment at an MTU of 1500 with timestamps.
 const SEGMENT: f64 = 1448.0;
 
-/// Time for what is under way to arrive.
-const SETTLE: Duration = Duration::from_millis(20);
+/// How long nothing has to move before what has not arrived is given up.
+const SETTLE: Duration = Duration::from_millis(500);
 
 impl Stage {
     fn open(way: &dyn Carrier, places: Places) -> io::Result<Self> {
@@ -502,17 +502,13 @@ impl Stage {
     fn drop_behind(&mut self, load: Datagrams, places: Places) -> io::Result<Sample> {
         let index = self.netlinks[1].1;
         let _sink = self.far.run(|| Sink::behind(index))??;
-        let (before, queue, arrived) = (
-            self.carrying.cpu_time()?,
-            self.stats(0)?.tx_dropped,
-            self.stats(1)?.rx_packets,
-        );
+        let (before, start) = (self.carrying.cpu_time()?, self.passed()?);
         let generated = self.generate(load, places, BEYOND)?;
-        thread::sleep(SETTLE);
-        let received = self.stats(1)?.rx_packets - arrived;
+        let passed = self.settle(start, generated.sent)?;
         let spent = self.carrying.cpu_time()?.saturating_sub(before);
+        let received = passed.arrived - start.arrived;
         let drops = Drops {
-            queue: self.stats(0)?.tx_dropped - queue,
+            queue: passed.dropped - start.dropped,
             socket: 0,
         };
         Ok(datagram_sample(
@@ -530,8 +526,8 @@ impl Stage {
         let mut receiver = self
             .far
             .run(|| SocketReceiver::bind((FAR, DISCARD).into(), Receiver::new(load.flows)))??;
-        let (before, queue) = (self.carrying.cpu_time()?, self.stats(0)?.tx_dropped);
-        let generated = thread::scope(|scope| {
+        let (before, start) = (self.carrying.cpu_time()?, self.passed()?);
+        let (generated, passed) = thread::scope(|scope| {
             let receive = thread::Builder::new()
                 .name("receive".to_owned())
                 .spawn_scoped(scope, || {
@@ -539,19 +535,21 @@ impl Stage {
                     receiver.run(Until::default(), &stop)
                 })?;
             let generated = self.generate(load, places, FAR);
-            thread::sleep(SETTLE);
+            let passed = generated
+                .as_ref()
+                .map_or(Ok(start), |generated| self.settle(start, generated.sent));
             stop.store(true, Ordering::Relaxed);
             receive
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-            generated
+            io::Result::Ok((generated?, passed?))
         })?;
         let spent = self.carrying.cpu_time()?.saturating_sub(before);
         let drops = Drops {
-            queue: self.stats(0)?.tx_dropped - queue,
+            queue: passed.dropped - start.dropped,
             socket: u64::from(receiver.dropped()?),
         };
-        let mut receiver = receiver.inreceive_behind();
+        let mut receiver = receiver.into_receiver();
         generated.tell(receiver.tracker_mut());
         let summary = receiver.summary();
         if summary.late + summary.duplicates + summary.damaged + summary.invented > 0 {
@@ -564,6 +562,28 @@ impl Stage {
             .figures
             .extend([("p50_us", micros(0.5)), ("p99_us", micros(0.99))]);
         Ok((sample, receiver))
+    }
+
+    fn passed(&self) -> io::Result<Passed> {
+        Ok(Passed {
+            dropped: self.stats(0)?.tx_dropped,
+            arrived: self.stats(1)?.rx_packets,
+        })
+    }
+
+    /// Waits until all of the `sent` packets have arrived or were dropped, or nothing has moved for long. A carrier that has to wait for its CPU
+    /// takes a while to empty the queue.
+    fn settle(&self, start: Passed, sent: u64) -> io::Result<Passed> {
+        let mut last = self.passed()?;
+        let mut moved = Instant::now();
+        while last.dropped + last.arrived < start.dropped + start.arrived + sent && moved.elapsed() < SETTLE {
+            thread::sleep(Duration::from_millis(1));
+            let now = self.passed()?;
+            if now != last {
+                (last, moved) = (now, Instant::now());
+            }
+        }
+        Ok(last)
     }
 
     fn generate(&self, load: Datagrams, places: Places, target: Ipv4Addr) -> io::Result<Generated> {
@@ -579,6 +599,15 @@ impl Stage {
         self.near
             .run(|| Generator::new(&config)?.run(&AtomicBool::new(false)))?
     }
+}
+
+/// What the devices have counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Passed {
+    /// In the near device's queue.
+    dropped: u64,
+    /// At the far device.
+    arrived: u64,
 }
 
 /// Where packets were lost.
