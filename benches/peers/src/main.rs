@@ -22,6 +22,7 @@
 //! | tun-rs sync, busy | non-blocking receives, again and again; tier 2, what spinning has to be held against |
 //! | floor (raw ring) | hand-written on `io-uring`, everything fixed beforehand. No peer: the least that can be done with a ring |
 //! | tun_driver io_uring, syscalls | a `Worker` on each backend; between two devices an `Engine` with one worker. The default way of waiting unless `Block` or `Spin` is told; where nobody waits, it makes no difference |
+//! | tun_driver …, 2 threads | over the wire: a `Worker` per direction, as many threads as the loops that block have |
 //!
 //! Tier 1 has the same device flags for everybody: TUN, no packet info, no vnet header, one queue, MTU 1500, queue length 500. Tier 2 is what a
 //! library documents as its best beyond that. tun_driver has no offload yet, so it is in tier 2 as in tier 1.
@@ -57,7 +58,8 @@
 //! - `wire-udp`: what a receiver costs, as a program drops the packets behind the far device. Where as many are sent as can be, the near device's
 //!   queue is always full, and the generator's cost of running into it is on another CPU.
 //! - `wire-tcp`: the ends of TCP run on the same machine and compete with the carrier, more so `free`; so a carrier that saves CPU gains throughput
-//!   twice. With superpackets the ends are what limits: look at CPU time per gigabyte. `machine_cpu_s_per_gb` counts everything on the machine.
+//!   twice. `free` with one stream, the loops that block use two CPUs and our default one thread, which is what limits it: `2 threads` is the like of
+//!   the baseline there. With superpackets the ends are what limits: look at CPU time per gigabyte. `machine_cpu_s_per_gb` counts everything on the machine.
 //! - All: one queue, one machine. Mitigations make system calls dear, which favours batches; nothing is said of network cards.
 
 #![deny(unsafe_code)]
@@ -72,6 +74,7 @@ mod options;
 mod packets;
 mod report;
 mod tun_rs_more;
+mod two_workers;
 mod ways;
 
 #[cfg(test)]

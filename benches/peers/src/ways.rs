@@ -12,6 +12,7 @@ use tun_driver::{Backend, Wait, WorkerConfig};
 use crate::floor::Floor;
 use crate::packets::{ByFloor, ByPacket, Waiting};
 use crate::tun_rs_more::{ByOffload, ByTokio};
+use crate::two_workers::ByTwoWorkers;
 
 /// What the ratios refer to: the first way of every case.
 pub(crate) const BASELINE: &str = "tun-rs sync";
@@ -21,6 +22,9 @@ pub(crate) const PLAIN: &str = "plain read/write";
 
 /// The library as it is made by default.
 pub(crate) const OURS: &str = "tun_driver io_uring";
+
+/// The library with as many threads as the baseline has where packets go both ways.
+pub(crate) const TWO_THREADS: &str = "tun_driver io_uring, Block, 2 threads";
 
 /// Whose way it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,6 +164,13 @@ pub(crate) fn carrying(tcp: bool) -> Carriers {
         };
         let name = name.to_owned();
         take(Whose::Ours, 1, Box::new(ByEngine { name, config }));
+    }
+    for (name, wait) in [
+        ("tun_driver io_uring, 2 threads", Wait::default()),
+        (TWO_THREADS, Wait::Block),
+    ] {
+        let backend = Backend::IoUring;
+        take(Whose::Ours, 1, Box::new(ByTwoWorkers { name, backend, wait }));
     }
     ways
 }
