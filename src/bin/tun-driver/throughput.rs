@@ -415,14 +415,14 @@ struct Run<'a> {
 impl Run<'_> {
     fn rig(&self, mode: Mode, wait: Option<Wait>) -> Result<Rig, Failure> {
         let options = self.options;
-        let mut config = WorkerConfig::default();
-        config.backend = options.backend.map(|backend| match backend {
-            BackendName::IoUring => Backend::IoUring,
-            BackendName::Syscalls => Backend::Syscalls,
-        });
-        if let Some(wait) = wait {
-            config.wait = wait;
-        }
+        let config = WorkerConfig {
+            backend: options.backend.map(|backend| match backend {
+                BackendName::IoUring => Backend::IoUring,
+                BackendName::Syscalls => Backend::Syscalls,
+            }),
+            wait: wait.unwrap_or_default(),
+            ..WorkerConfig::default()
+        };
         let setup = Setup {
             mode,
             config,
