@@ -207,6 +207,9 @@ pub struct Generated {
     pub answers: u64,
     /// Times that the socket's buffer was full and had to be waited for: the device's queue holds back.
     pub stalls: u64,
+    /// Groups out of a link of which some frames may have been dropped at its other end (ENOBUFS); they count as sent, and the link's
+    /// `tx_dropped` tells how many it was.
+    pub congested: u64,
     /// System calls that send.
     pub calls: u64,
     /// From the start to the last packet's end.
@@ -441,6 +444,7 @@ impl Generator {
             refused: BTreeMap::new(),
             answers: 0,
             stalls: 0,
+            congested: 0,
             calls: 0,
             wall: Duration::ZERO,
             cpu: Duration::ZERO,
@@ -574,6 +578,14 @@ impl Generator {
                 libc::ECONNREFUSED if retries > 0 => {
                     retries -= 1;
                     done.answers += 1;
+                    continue;
+                }
+                // Of a frame that was cut, some may have gone and some not: the link counts which. The last one decides what is said here.
+                libc::ENOBUFS if self.way == Way::Gso && self.config.link.is_some() => {
+                    done.congested += 1;
+                    done.sent += (count - from) as u64;
+                    done.flows[flow] = done.flows[flow].wrapping_add((count - from) as u32);
+                    from = count;
                     continue;
                 }
                 // The device cannot do checksums, and the kernel is older than 6.11; a packet socket, and it is older than 6.2.

@@ -323,7 +323,6 @@ fn layout(options: &Options) -> Result<Layout, Failure> {
     }
     Ok(Layout {
         bridge: options.topology == Topology::Bridge,
-        ipv6: options.source.is_ipv6(),
         gen_netns: options.gen_netns.clone(),
         out_netns: options.out_netns.clone(),
         sink_netns: options.sink_netns.clone(),

@@ -76,8 +76,6 @@ pub enum Source {
 pub struct Layout {
     /// TAP devices in bridges instead of TUN devices behind routes.
     pub bridge: bool,
-    /// IPv6 instead of IPv4.
-    pub ipv6: bool,
     /// The namespace of `gen0`, where the generator is and where what is sent back arrives.
     pub gen_netns: PathBuf,
     /// That of `tun1` and `out0`, for [`Mode::Forward`].

@@ -621,3 +621,160 @@ const READING: &[(&str, &str)] = &[
          Softirq is sampled by the kernel's tick and only approximate.",
     ),
 ];
+
+#[cfg(test)]
+mod tests {
+    use roxmltree::{Document, ParsingOptions};
+    use tun_driver::lab::measure::Machine;
+    use tun_driver::lab::throughput::{Mode, Size};
+
+    use super::*;
+
+    fn measured(unexplained: i64) -> Measured {
+        let mut latency = Histogram::new(3).unwrap();
+        (1..=1_000u64).for_each(|value| latency.record(value * 997).unwrap());
+        Measured {
+            offered: 1_000,
+            received: 990,
+            drops: vec![("tun0 <queue> full".to_owned(), 10)],
+            hops: vec![("gen0 tx_packets".to_owned(), 1_000)],
+            unexplained,
+            softnet_machine: 0,
+            summary: Default::default(),
+            l2_bytes: 64_000,
+            offered_pps: 1e6,
+            received_pps: 9.9e5,
+            kept: true,
+            wall: Duration::from_millis(1),
+            engine_cpu: Duration::from_micros(800),
+            generator_cpu: Duration::from_micros(900),
+            machine_cpu: Duration::from_micros(1_900),
+            softirq_cpu: Duration::ZERO,
+            packets_per_enter: 20.0,
+            queues: vec![500, 490],
+            latency: latency.clone(),
+            queue_latency: vec![latency.clone(), latency],
+            way: "builtin".to_owned(),
+        }
+    }
+
+    fn results(unexplained: i64) -> Results {
+        let rate = Spread::of(&[9e5, 9.5e5, 9.9e5]).unwrap();
+        Results {
+            machine: Machine::read(),
+            command: "bench-scripts/pktgen.sh --mode <echo>".to_owned(),
+            began: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
+            seconds: 12.0,
+            topology: "route, TUN",
+            generator: "builtin (no pktgen)".to_owned(),
+            backend: "io_uring".to_owned(),
+            queues: 2,
+            flows: 64,
+            repeats: 3,
+            trial: Duration::from_secs(1),
+            rows: ["MRR", "NDR", "PDR"]
+                .map(|what| Row {
+                    mode: Mode::Echo,
+                    size: Size::Frame(64),
+                    what,
+                    rate,
+                    upper: (what != "MRR").then_some(rate),
+                    generator_bound: what == "MRR",
+                    complete: what != "PDR",
+                    measured: measured(unexplained),
+                })
+                .into(),
+            latencies: [(10, "block"), (10, "spin"), (50, "block")]
+                .map(|(share, wait)| Latency {
+                    mode: Mode::Echo,
+                    size: Size::Frame(64),
+                    wait,
+                    share,
+                    measured: measured(unexplained),
+                })
+                .into(),
+            trials: 6,
+            offered: 6_000,
+            unexplained: unexplained.unsigned_abs(),
+            wrong: 0,
+        }
+    }
+
+    #[test]
+    fn text_and_markdown_tell_each_row_and_the_balance() {
+        for told in [text(&results(0)), markdown(&results(0))] {
+            for word in [
+                "NDR",
+                "generator-bound",
+                "search not complete",
+                "tun0 <queue> full: 10",
+                "0 unexplained",
+                "10 %",
+                "spin",
+            ] {
+                assert!(told.contains(word), "{word}: {told}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_page_and_the_plots_are_well_formed_and_warn_of_books_that_do_not_balance() {
+        for (unexplained, warns) in [(0, false), (3, true)] {
+            let page = page(&results(unexplained));
+            let options = ParsingOptions {
+                allow_dtd: true,
+                ..ParsingOptions::default()
+            };
+            Document::parse_with_options(&page, options).unwrap();
+            assert_eq!(page.contains("do not balance"), warns);
+        }
+        let plots = plots(&results(0));
+        let names: Vec<&str> = plots.iter().map(|(name, ..)| name.as_str()).collect();
+        assert_eq!(names, ["rates", "latency-echo-64B-10pct", "latency-echo-64B-50pct"]);
+        for (_, _, plot) in plots {
+            Document::parse(&html::alone(plot)).unwrap();
+        }
+    }
+
+    #[test]
+    fn each_load_has_its_histograms_with_a_tag_per_queue() {
+        let results = results(0);
+        let groups = groups(&results);
+        assert_eq!(groups.len(), 3);
+        for group in &groups {
+            let tags: Vec<&str> = group.entries.iter().map(|(tag, _)| tag.as_str()).collect();
+            assert_eq!(tags, ["all", "q0", "q1"]);
+        }
+        assert_eq!(groups[1].name, "latency-echo-64B-spin-10pct");
+    }
+
+    #[test]
+    fn the_schema_describes_all_that_is_written_and_nothing_else() {
+        let schema: Value = serde_json::from_str(include_str!("../../../../docs/throughput.schema.json")).unwrap();
+        let validator = jsonschema::draft202012::new(&schema).unwrap();
+        let told = json(&results(0));
+        let errors: Vec<String> = validator
+            .iter_errors(&told)
+            .map(|error| format!("{}: {error}", error.instance_path()))
+            .collect();
+        assert!(errors.is_empty(), "{errors:#?}");
+        for place in ["", "/rates/0", "/rates/0/trial", "/latencies/0", "/latencies/0/trial"] {
+            let mut more = told.clone();
+            more.pointer_mut(place).unwrap()["nobody_knows"] = json!(1);
+            assert!(!validator.is_valid(&more), "{place}: an unknown key");
+            let keys: Vec<String> = told
+                .pointer(place)
+                .unwrap()
+                .as_object()
+                .unwrap()
+                .keys()
+                .cloned()
+                .collect();
+            for key in keys {
+                let mut less = told.clone();
+                less.pointer_mut(place).unwrap().as_object_mut().unwrap().remove(&key);
+                assert!(!validator.is_valid(&less), "{place}: without {key}");
+            }
+        }
+    }
+}
