@@ -132,12 +132,18 @@ fn quiet() {
 
 fn device(name: &str, queues: usize, here: &str) -> MultiQueue {
     quiet();
-    Builder::new(name, Mode::Tun)
+    let device = Builder::new(name, Mode::Tun)
         .queues(queues)
         .address(here.parse::<std::net::Ipv4Addr>().unwrap(), 24)
         .up(true)
         .open()
+        .unwrap();
+    // Longer than what any test offers: on a busy machine a worker may be late. Not by the builder, whose ioctl wants privilege over the host.
+    Handle::new()
         .unwrap()
+        .set_txqueuelen(device.index().unwrap(), 8_000)
+        .unwrap();
+    device
 }
 
 fn index(device: &MultiQueue) -> u32 {
