@@ -354,7 +354,7 @@ need bridge iproute2
 need ethtool ethtool
 need unshare util-linux
 need mount mount
-need cc gcc
+[ -n "${TUN_DRIVER_NO_BUILD:-}" ] || need cc gcc
 if [ ${#missing[@]} -gt 0 ]; then
     mapfile -t missing < <(printf '%s\n' "${missing[@]}" | sort -u)
     line="apt-get update && apt-get install -y --no-install-recommends ${missing[*]}"
