@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use common::{need_tun, trial};
+use common::{need_backend, trial};
 use tun_driver::lab::generator::{Config, Generator, Limit, Way};
 use tun_driver::lab::packet::Spec;
 use tun_driver::lab::receiver::Receiver;
@@ -47,7 +47,7 @@ static ALLOCATOR: Counting = Counting;
 fn main() {
     let trials = [Backend::IoUring, Backend::Syscalls].into_iter().map(|backend| {
         trial(format!("steady state allocates nothing {backend:?}"), move || {
-            need_tun();
+            need_backend(backend);
             steady_state(backend);
         })
     });

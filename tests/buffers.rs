@@ -621,7 +621,7 @@ fn classes() {
 
 /// The packets of an earlier port, of the other class, come home while a new port has its place.
 fn two_classes() {
-    common::need_tun();
+    common::need_backend(Backend::IoUring);
     for backend in [Backend::IoUring, Backend::Syscalls] {
         let mut worker = Worker::new(&WorkerConfig {
             backend: Some(backend),

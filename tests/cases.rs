@@ -87,12 +87,7 @@ fn ways(case: Case) -> Vec<Box<dyn Way>> {
         Box::new(ByWorker::new(Backend::Syscalls, Wait::Block)),
     ];
     let worker = ByWorker::new(Backend::IoUring, Wait::Block);
-    if tun_driver::Worker::new(&tun_driver::WorkerConfig {
-        backend: Some(Backend::IoUring),
-        ..Default::default()
-    })
-    .is_ok()
-    {
+    if tun_driver::Support::probe().tun_nowait == Some(true) {
         ways.push(Box::new(Floor::default()));
         ways.push(Box::new(worker));
     }

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_tun, trial};
+use common::{Trial, need_backend, need_tun, trial};
 use tun_driver::lab::generator::{self, Generator, Limit};
 use tun_driver::lab::packet::Framing;
 use tun_driver::lab::{Filler, Tracker, process, sysctl};
@@ -52,7 +52,7 @@ fn main() {
     for (name, work) in each {
         for backend in [Backend::IoUring, Backend::Syscalls] {
             let trial = trial(format!("{name} {backend:?}"), move || {
-                need_tun();
+                need_backend(backend);
                 work(backend);
             });
             trials.push(if name.contains("leaves nothing") {
@@ -99,7 +99,7 @@ fn main() {
     for (name, work) in paced {
         for backend in [Backend::IoUring, Backend::Syscalls] {
             let paced = trial(format!("{name} (paced, {backend:?})"), move || {
-                need_tun();
+                need_backend(backend);
                 work(backend);
             });
             trials.push(paced.alone());
@@ -1366,7 +1366,7 @@ fn descriptors() {
 
 /// The engine's trials on rings, with entries that fail now and then.
 fn entries_fail(errno: &str, trials: usize) {
-    need_tun();
+    need_backend(Backend::IoUring);
     common::need_program("strace", "strace");
     let output = std::process::Command::new("strace")
         .args(["-f", "-o", "/dev/null", "-e", "trace=io_uring_enter"])

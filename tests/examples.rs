@@ -10,7 +10,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-use common::{Trial, need_program, need_tun, skip, trial};
+use common::{Trial, need_backend, need_program, need_tun, skip, trial};
 use tun_driver::lab::Namespace;
 use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Worker, WorkerConfig};
@@ -52,7 +52,7 @@ fn main() {
 
 fn each_backend(name: &str, check: fn(Backend), backend: Backend) -> Trial {
     trial(format!("{name} ({})", option(backend)), move || {
-        need_tun();
+        need_backend(backend);
         let config = WorkerConfig {
             backend: Some(backend),
             ..WorkerConfig::default()

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_program, need_tun, skip, trial};
+use common::{Trial, kernel, need_program, need_tun, skip, trial};
 use tun_driver::lab::generator::{self, Config, GROUP_MAX, Generated, Generator, Limit, Way};
 use tun_driver::lab::packet::{Fault, Framing, MIN_IPV4, MIN_IPV6, Spec, Stamp};
 use tun_driver::lab::receiver::{Receiver, SocketReceiver, Until};
@@ -179,7 +179,22 @@ fn run(config: &Config) -> Generated {
     generated
 }
 
+/// The way that a group takes to a device without checksum offload: UDP GSO if the kernel has it there.
+fn best() -> Way {
+    if kernel() >= (6, 11) { Way::Gso } else { Way::Batch }
+}
+
+/// The ways by which packets come to such a device.
+fn ways() -> Vec<Way> {
+    let mut ways = vec![Way::Single, Way::Batch];
+    ways.extend((best() == Way::Gso).then_some(Way::Gso));
+    ways
+}
+
 fn arrives(way: Option<Way>, rate: u64, packets: u64, flows: usize) {
+    if way == Some(Way::Gso) && best() != Way::Gso {
+        skip("UDP GSO to a device without checksum offload wants Linux 6.11");
+    }
     let mut device = Device::new(1_500);
     for length in [64, 576, 1_500] {
         let generated = run(&Config {
@@ -204,11 +219,13 @@ fn arrives(way: Option<Way>, rate: u64, packets: u64, flows: usize) {
             generated.wall.as_nanos() >= u128::from(schedule.due(packets - 1) - schedule.start_ns),
             "{generated}"
         );
-        let calls = match way.unwrap_or(Way::Gso) {
+        let calls = match way.unwrap_or(best()) {
             Way::Single => packets,
             Way::Batch | Way::Gso => packets.div_ceil(generated.group as u64),
         };
-        assert_eq!(generated.calls, calls, "{generated}");
+        // The first group by UDP GSO is refused where there is none.
+        let refused = u64::from(way.is_none() && generated.group > 1 && best() != Way::Gso);
+        assert_eq!(generated.calls, calls + refused, "{generated}");
         let stamps = device.receive(&generated);
         let headers = 28;
         assert!(stamps.iter().all(|stamp| stamp.length == length - headers));
@@ -224,7 +241,7 @@ fn arrives(way: Option<Way>, rate: u64, packets: u64, flows: usize) {
 
 fn lengths() {
     let mut device = Device::new(9_000);
-    for way in [Way::Single, Way::Batch, Way::Gso] {
+    for way in ways() {
         for (target, shortest) in [(target(), MIN_IPV4), (target6(), MIN_IPV6)] {
             for length in [shortest, shortest + 1, 1_501, 8_999, 9_000] {
                 let config = Config {
@@ -251,7 +268,7 @@ fn unpaced() {
     });
     assert_eq!(
         (generated.group, generated.way, generated.schedule),
-        (GROUP_MAX, Way::Gso, None)
+        (GROUP_MAX, best(), None)
     );
     assert!(generated.kept_rate() && generated.lateness.is_empty() && generated.due_of(0, 0).is_none());
     assert_eq!(device.receive(&generated).len(), 3_000);
@@ -328,7 +345,10 @@ fn grouped() {
         window,
         ..config(2, 1_000, 25)
     });
-    assert_eq!((generated.group, generated.calls), (10, 3));
+    assert_eq!(
+        (generated.group, generated.calls),
+        (10, 3 + u64::from(best() != Way::Gso))
+    );
     assert_eq!(generated.flows, [15, 10]);
     // By the time when the tenth is due, the first has waited for nine others.
     assert!(generated.lateness.max() >= 9_000_000, "{generated}");
@@ -455,7 +475,12 @@ fn held_back() {
             ..config(1, 1_000_000, PACKETS)
         });
         assert_eq!((generated.sent, generated.unsent()), (PACKETS, 0), "{generated}");
-        assert!(generated.stalls > 0 && !generated.kept_rate(), "{generated:?}");
+        // Unless it was slower itself, as on an emulated machine.
+        assert!(
+            generated.stalls > 0 || generated.cpu > Duration::from_millis(100),
+            "{generated:?}"
+        );
+        assert!(!generated.kept_rate(), "{generated:?}");
         let until = Until {
             packets: Some(PACKETS),
             time: Some(PATIENCE),
@@ -647,8 +672,7 @@ fn udp_receiver() {
     );
 
     // What the socket has no room for is told.
-    let mut receiver = bind();
-    receiver.set_receive_buffer(4_096).unwrap();
+    let mut receiver = SocketReceiver::bind_with("127.0.0.1:0".parse().unwrap(), 4_096, Receiver::new(1)).unwrap();
     send(&receiver, 2_000);
     let until = Until {
         quiet: Some(Duration::from_millis(10)),
@@ -656,5 +680,5 @@ fn udp_receiver() {
     };
     let came = receiver.run(until, NEVER).unwrap();
     assert!(came < 2_000, "{came}");
-    assert_eq!(came + u64::from(receiver.dropped().unwrap()), 2_000);
+    assert_eq!(came + receiver.dropped().unwrap(), 2_000);
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_tun, trial};
+use common::{Trial, need_backend, trial};
 use tun_driver::lab::packet::{Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Namespace, Tracker};
 use tun_driver::netlink::Handle;
@@ -21,14 +21,14 @@ fn main() {
             trials.push(trial(
                 format!("received in order, all accounted for, {queues} queues {backend:?}"),
                 move || {
-                    need_tun();
+                    need_backend(backend);
                     received(backend, queues);
                 },
             ));
             trials.push(trial(
                 format!("sent in order, all accounted for, {queues} queues {backend:?}"),
                 move || {
-                    need_tun();
+                    need_backend(backend);
                     sent(backend, queues);
                 },
             ));
@@ -36,7 +36,7 @@ fn main() {
         trials.push(trial(
             format!("twice as much as is taken: memory stays, books balance {backend:?}"),
             move || {
-                need_tun();
+                need_backend(backend);
                 overloaded(backend);
             },
         ));

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_tun, trial};
+use common::{Trial, need_backend, need_tun, trial};
 use tun_driver::lab::{Filler, Namespace, process};
 use tun_driver::netlink::Handle;
 use tun_driver::{
@@ -69,7 +69,7 @@ fn driven(backend: Backend) -> (SinglePort, u32) {
 }
 
 fn cycles(backend: Backend) {
-    need_tun();
+    need_backend(backend);
     let mut batch = Batch::with_capacity(64);
     let mut cycle = || {
         // The same name at once: the one before must be gone, or this is EBUSY.
@@ -155,7 +155,7 @@ fn under_load(backend: Backend, times: usize, act: impl Fn(&Handle, u32, usize) 
 }
 
 fn changed(backend: Backend) {
-    need_tun();
+    need_backend(backend);
     under_load(backend, 100, |netlink, index, time| {
         netlink.set_up(index, time % 2 == 1).unwrap();
         if time % 2 == 1 {
@@ -170,7 +170,7 @@ fn changed(backend: Backend) {
 }
 
 fn deleted(backend: Backend) {
-    need_tun();
+    need_backend(backend);
     for _ in 0..20 {
         let (mut port, index) = driven(backend);
         let netns = Namespace::current().unwrap();
@@ -207,7 +207,7 @@ fn deleted(backend: Backend) {
 }
 
 fn odd_ends(backend: Backend) {
-    need_tun();
+    need_backend(backend);
     // A panic on the worker's thread.
     let ended = catch_unwind(AssertUnwindSafe(|| {
         let (mut port, _) = driven(backend);
@@ -343,7 +343,7 @@ fn refuse_ring(errno: i32) {
 
 /// Without CAP_IPC_LOCK, which this thread gives up, registered buffers count against RLIMIT_MEMLOCK.
 fn limited() {
-    need_tun();
+    need_backend(Backend::IoUring);
     let device = Builder::new("t0", Mode::Tun).address(HERE, 24).up(true).open().unwrap();
     let index = device.index().unwrap();
     let limit = tun_driver::Support::probe().memlock_limit;

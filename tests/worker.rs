@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_tun, trial};
+use common::{Trial, need_backend, trial};
 use tun_driver::lab::packet::{Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Tracker, process};
 use tun_driver::netlink::Handle;
@@ -45,7 +45,7 @@ fn main() {
     for (name, work) in each {
         for backend in [Backend::IoUring, Backend::Syscalls] {
             trials.push(trial(format!("{name} {backend:?}"), move || {
-                need_tun();
+                need_backend(backend);
                 work(backend);
             }));
         }
@@ -800,7 +800,7 @@ fn many_ports() {
 
 /// Runs this file's checks of the ring once more, with failures put into its system calls.
 fn entries_fail(errno: &str) {
-    need_tun();
+    need_backend(Backend::IoUring);
     common::need_program("strace", "strace");
     let output = std::process::Command::new("strace")
         .args(["-f", "-o", "/dev/null", "-e", "trace=io_uring_enter"])

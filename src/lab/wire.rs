@@ -547,7 +547,7 @@ impl Stage {
         let spent = self.carrying.cpu_time()?.saturating_sub(before);
         let drops = Drops {
             queue: passed.dropped - start.dropped,
-            socket: u64::from(receiver.dropped()?),
+            socket: receiver.dropped()?,
         };
         let mut receiver = receiver.into_receiver();
         generated.tell(receiver.tracker_mut());

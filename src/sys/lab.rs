@@ -72,6 +72,27 @@ pub(crate) fn set_receive_buffer(fd: BorrowedFd<'_>, bytes: libc::c_int) -> io::
     set(libc::SO_RCVBUFFORCE).or_else(|_| set(libc::SO_RCVBUF))
 }
 
+/// Takes what went wrong with a socket since the last look (SO_ERROR); it is as good as before then.
+pub(crate) fn take_socket_error(fd: BorrowedFd<'_>) -> io::Result<()> {
+    let mut errno: libc::c_int = 0;
+    let mut size = size_of::<libc::c_int>() as libc::socklen_t;
+    let at = (&raw mut errno).cast();
+    // SAFETY: `errno` is writable for `size` bytes.
+    unsafe {
+        syscall!(getsockopt(
+            fd.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ERROR,
+            at,
+            &mut size
+        ))
+    }?;
+    match errno {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
 /// Packets that a socket dropped because its buffer was full (SO_MEMINFO).
 pub(crate) fn socket_drops(fd: BorrowedFd<'_>) -> io::Result<u32> {
     const SK_MEMINFO_DROPS: usize = 8; // linux/sock_diag.h

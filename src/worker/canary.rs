@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::buf::Arena;
 use crate::lab::{Namespace, Sandbox};
-use crate::{Backend, Batch, Builder, Mode, Worker, WorkerConfig, leaked_arenas};
+use crate::{Backend, Batch, Builder, Mode, Support, Worker, WorkerConfig, leaked_arenas};
 
 const DROPS: usize = 1_000;
 const PAINT: u8 = 0xa5;
@@ -30,6 +30,10 @@ fn drop_under_traffic() {
     if let Err(error) = ready {
         assert!(std::env::var_os("TUN_DRIVER_REQUIRE_NETNS").is_none(), "{error}");
         println!("skipped: no device in a namespace can be had: {error}");
+        return;
+    }
+    if Support::probe().tun_nowait == Some(false) {
+        println!("skipped: the ring backend needs Linux 6.4");
         return;
     }
     // Two queues: one keeps the device and its packets coming while the other comes and goes.

@@ -21,6 +21,7 @@
 //! - A panic fails the trial with its message. [`skip`] ends a trial as ignored, with a reason.
 //! - A trial that outlasts its bound fails by name; its thread is left behind.
 //! - If no namespace can be had, all trials are ignored with the reason; `TUN_DRIVER_REQUIRE_NETNS=1` makes that a failure.
+//! - `TUN_DRIVER_SLOWNESS=5` makes the bounds five times as long.
 //! - `TUN_DRIVER_REQUIRE_ALL=1` makes each [`skip`] a failure.
 #![allow(dead_code, unreachable_pub)] // each test file uses its share
 
@@ -36,9 +37,13 @@ use std::time::Duration;
 
 use libtest_mimic::{Arguments, Completion, Failed};
 use tun_driver::lab::Sandbox;
+use tun_driver::{Backend, Support};
 
 /// How long a trial may take unless it says otherwise.
 const BOUND: Duration = Duration::from_secs(60);
+
+/// The bounds are multiplied by this number, on an emulated machine.
+const SLOWNESS: &str = "TUN_DRIVER_SLOWNESS";
 
 /// One check, run in a namespace of its own.
 pub struct Trial {
@@ -124,6 +129,21 @@ pub fn need_tun() {
     }
 }
 
+/// Skips the trial unless `backend` can drive a device here: a ring wants Linux 6.4.
+pub fn need_backend(backend: Backend) {
+    need_tun();
+    if backend == Backend::IoUring && Support::probe().tun_nowait == Some(false) {
+        skip("this kernel's TUN driver does not take reads that never block (Linux 6.4), which the ring backend needs");
+    }
+}
+
+/// The running kernel's version, for what is asked of it by no other means.
+pub fn kernel() -> (u32, u32) {
+    let release = Support::probe().kernel_release.expect("uname(2)");
+    let mut numbers = release.split(['.', '-', '+']).map_while(|number| number.parse().ok());
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// Skips the trial unless `program` is in the search path. `package` is the Debian package that has it.
 pub fn need_program(program: &str, package: &str) {
     let found =
@@ -150,7 +170,9 @@ fn run_one(trial: Trial) -> Result<Completion, Failed> {
             let _ = sender.send(outcome);
         })
         .map_err(|error| Failed::from(format!("no thread for the trial: {error}")))?;
-    match receiver.recv_timeout(trial.bound) {
+    let slowness = env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS));
+    let bound = trial.bound * slowness;
+    match receiver.recv_timeout(bound) {
         Ok(Ok(())) => Ok(Completion::Completed),
         Ok(Err(payload)) => match payload.downcast::<Skip>() {
             Ok(skip) if is_set("TUN_DRIVER_REQUIRE_ALL") => {
@@ -161,7 +183,7 @@ fn run_one(trial: Trial) -> Result<Completion, Failed> {
         },
         Err(RecvTimeoutError::Timeout) => Err(Failed::from(format!(
             "`{}` hangs: it did not end within {:?}; its thread is left behind",
-            trial.name, trial.bound
+            trial.name, bound
         ))),
         Err(RecvTimeoutError::Disconnected) => Err(Failed::from("the trial's thread ended without an outcome")),
     }

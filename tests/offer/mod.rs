@@ -11,7 +11,7 @@ use tun_driver::{
     Backend, Batch, Builder, Device, Mode, MultiQueue, PacketBuf, PortError, PortId, Queue, Worker, WorkerConfig,
 };
 
-use super::common::{Trial, need_tun, trial};
+use super::common::{Trial, need_backend, trial};
 
 /// The device's own address, where what is written into it for a socket goes.
 pub const HERE: &str = "10.0.0.1";
@@ -29,7 +29,7 @@ pub fn on_both(trials: &mut Vec<Trial>, name: &str, check: fn(Backend)) {
 pub fn both(name: &str, check: fn(Backend)) -> [Trial; 2] {
     [(Backend::IoUring, "io_uring"), (Backend::Syscalls, "syscalls")].map(|(backend, word)| {
         trial(format!("{name}: {word}"), move || {
-            need_tun();
+            need_backend(backend);
             check(backend);
         })
     })

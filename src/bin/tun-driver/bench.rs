@@ -273,7 +273,12 @@ fn command() -> String {
 /// The backends that this host has, and why not the others.
 fn backends() -> (Vec<Backend>, Vec<String>) {
     let (mut usable, mut missing) = (Vec::new(), Vec::new());
+    let no_ring = Support::probe().tun_nowait == Some(false);
     for backend in [Backend::IoUring, Backend::Syscalls] {
+        if backend == Backend::IoUring && no_ring {
+            missing.push("IoUring is not measured: it drives devices from Linux 6.4 on".to_owned());
+            continue;
+        }
         match Worker::new(&WorkerConfig {
             backend: Some(backend),
             ..WorkerConfig::default()

@@ -119,7 +119,7 @@ struct Results {
     receiver: Receiver,
     cpu: Duration,
     /// For want of room in the socket.
-    dropped: u32,
+    dropped: u64,
     expected: Option<u64>,
 }
 

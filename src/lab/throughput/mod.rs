@@ -616,10 +616,10 @@ impl Rig {
         source: Emitted,
         before: &Moment,
         after: &Moment,
-        sink: Option<SocketReceiver>,
+        mut sink: Option<SocketReceiver>,
     ) -> io::Result<Measured> {
         let setup = &self.setup;
-        let at_receiver = sink.as_ref().map_or(Ok(0), SocketReceiver::dropped)?;
+        let at_receiver = sink.as_mut().map_or(Ok(0), SocketReceiver::dropped)?;
         let queue_books = self.subject.books()?;
         let mut books = match sink {
             Some(sink) => sink.into_receiver(),
@@ -639,7 +639,7 @@ impl Rig {
         let engine = after.engine.total.clone();
         let earlier = &before.engine.total;
         let less = |field: fn(&crate::Counters) -> u64| field(&engine) - field(earlier);
-        let drops = self.drops(&source, before, after, u64::from(at_receiver));
+        let drops = self.drops(&source, before, after, at_receiver);
         let dropped: u64 = drops.iter().map(|(_, count)| count).sum();
         let wall = source.wall.as_secs_f64().max(1e-9);
         let overhead = if setup.mode.ends() && !self.layout.bridge {
