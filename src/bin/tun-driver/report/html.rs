@@ -44,9 +44,9 @@ pub(super) fn whole(title: &str, body: Node) -> String {
     )
 }
 
-/// A plot as a file of its own.
-pub(super) fn alone(plot: Node) -> String {
-    let plot = plot
+/// A plot as a file of its own, with a title, and what the lines are.
+pub(super) fn alone(title: &str, legend: &[(usize, &str)], plot: Node) -> String {
+    let plot = svg::titled(title, legend, plot)
         .with("xmlns", "http://www.w3.org/2000/svg")
         .child(node("style").text(include_str!("style.css")));
     format!("{plot}\n")

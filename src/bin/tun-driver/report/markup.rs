@@ -38,6 +38,18 @@ impl Node {
         self.with(name, told.strip_suffix(".0").unwrap_or(&told))
     }
 
+    /// What an attribute says.
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
+        let found = self.attributes.iter().find(|(one, _)| *one == name);
+        found.map(|(_, value)| value.as_str())
+    }
+
+    /// Says something else by an attribute.
+    pub(super) fn replace(mut self, name: &'static str, value: impl Display) -> Self {
+        self.attributes.retain(|(one, _)| *one != name);
+        self.with(name, value)
+    }
+
     pub(super) fn class(self, value: impl Display) -> Self {
         self.with("class", value)
     }
@@ -49,6 +61,12 @@ impl Node {
 
     pub(super) fn child(mut self, child: Node) -> Self {
         self.children.push(Child::Node(child));
+        self
+    }
+
+    /// As [`child`](Self::child), before those that are there.
+    pub(super) fn first(mut self, child: Node) -> Self {
+        self.children.insert(0, Child::Node(child));
         self
     }
 

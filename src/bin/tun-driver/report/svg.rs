@@ -358,6 +358,38 @@ pub(super) fn swatch(look: usize) -> Node {
         .child(marker(look, 18.0, 7.0, Mark::Full))
 }
 
+/// A plot with a title and a legend above it, on a ground of its own.
+pub(super) fn titled(title: &str, legend: &[(usize, &str)], plot: Node) -> Node {
+    const MARGIN: f64 = 12.0;
+    let above = if legend.is_empty() { 34.0 } else { 56.0 };
+    let height: f64 = plot
+        .get("viewBox")
+        .and_then(|view| view.rsplit(' ').next()?.parse().ok())
+        .expect("a plot has a height");
+    let (width, height) = (WIDTH + 2.0 * MARGIN, height + above + 2.0 * MARGIN);
+    let (left, top) = (-MARGIN, -above - MARGIN);
+    let ground = node("rect")
+        .at("x", left)
+        .at("y", top)
+        .at("width", width)
+        .at("height", height);
+    let mut head = node("g").child(text(0.0, top + 24.0, "", title).with("font-weight", "bold"));
+    let mut at = 0.0;
+    for &(look, name) in legend {
+        let line = swatch(look).at("x", at).at("y", top + 35.0);
+        head = head
+            .child(line)
+            .child(text(at + 42.0, top + 46.0, "", name).class("label"));
+        at += 62.0 + LETTER * name.chars().count() as f64;
+    }
+    // The ground is to lie below all else.
+    plot.first(head)
+        .first(ground.with("fill", "var(--page)"))
+        .replace("viewBox", format!("{left} {top} {width} {height}"))
+        .at("width", 2.0 * width)
+        .at("height", 2.0 * height)
+}
+
 fn svg(height: f64, told: &str) -> Node {
     node("svg")
         .with("viewBox", format!("0 0 {WIDTH} {height}"))

@@ -55,8 +55,13 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> R
     write("throughput.json", &format!("{object:#}\n"))?;
     write("throughput.md", &markdown(results))?;
     write("throughput.html", &page(results))?;
-    for (name, _, plot) in plots(results) {
-        write(&format!("{name}.svg"), &html::alone(plot))?;
+    for (name, title, plot) in plots(results) {
+        let legend = if name.starts_with("latency") {
+            waits()
+        } else {
+            Vec::new()
+        };
+        write(&format!("{name}.svg"), &html::alone(&title, &legend, plot))?;
     }
     let took = Duration::from_secs_f64(results.seconds);
     for group in groups(results) {
@@ -130,7 +135,7 @@ fn page(results: &Results) -> String {
             node("section")
                 .child(node("h2").text(heading))
                 .child(node("p").text(told))
-                .child(legend(heading == "Latency"))
+                .child(legend(&if heading == "Latency" { waits() } else { Vec::new() }))
                 .child(node("div").class("plots").children(figures))
                 .child(html::drawn(&table, words))
                 .child(html::columns(&table)),
@@ -140,13 +145,16 @@ fn page(results: &Results) -> String {
 }
 
 /// What the lines are.
-fn legend(waits: bool) -> Node {
-    let names: &[&str] = if waits { &WAITS } else { &[] };
-    let entries = names
+fn legend(lines: &[(usize, &str)]) -> Node {
+    let entries = lines
         .iter()
-        .enumerate()
-        .map(|(look, name)| node("li").child(svg::swatch(look)).text(name));
+        .map(|&(look, name)| node("li").child(svg::swatch(look)).text(name));
     node("ul").class("legend").children(entries)
+}
+
+/// The looks of the manners of waiting.
+fn waits() -> Vec<(usize, &'static str)> {
+    WAITS.into_iter().enumerate().collect()
 }
 
 /// All plots: a name for the file, a caption, and the plot. That of the rates comes first.
@@ -731,8 +739,10 @@ mod tests {
         let plots = plots(&results(0));
         let names: Vec<&str> = plots.iter().map(|(name, ..)| name.as_str()).collect();
         assert_eq!(names, ["rates", "latency-echo-64B-10pct", "latency-echo-64B-50pct"]);
-        for (_, _, plot) in plots {
-            Document::parse(&html::alone(plot)).unwrap();
+        for (_, title, plot) in plots {
+            let file = html::alone(&title, &waits(), plot);
+            Document::parse(&file).unwrap();
+            assert!(file.contains(&title) && WAITS.iter().all(|wait| file.contains(wait)));
         }
     }
 
