@@ -212,14 +212,18 @@ impl HandoffEnd {
     /// Lends free buffers, as many as the port may have. Returns whether packets can come.
     pub(super) fn lend(&mut self, arena: &Rc<Arena>, account: Account) -> bool {
         self.stalled &= arena.available(account, SizeClass::Small, 1) == 0;
+        // Not looked at afterwards: the sender takes what was lent meanwhile, and may have sent it already.
+        let mut lends = self.lent.is_full();
         while !self.lent.is_full() && arena.available(account, SizeClass::Small, 1) > 0 {
             let Some(slot) = arena.check_out(account, SizeClass::Small) else {
                 break;
             };
             // Cannot fail: only this end fills the ring, and there was room.
             let _ = self.lent.push(PacketBuf::whole_slot(arena, slot, 0).into_remote());
+            lends = true;
         }
-        !self.stalled && self.lent.slots() < self.lent.buffer().capacity()
+        let on_the_way = self.lent.slots() < self.lent.buffer().capacity() || !self.full.is_empty();
+        !self.stalled && (lends || on_the_way)
     }
 }
 

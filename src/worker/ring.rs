@@ -84,7 +84,10 @@ impl Books {
             }
             Tag::DOORBELL => {
                 self.doorbell_armed = false;
-                cx.doorbell_rang();
+                // Not if it was cancelled.
+                if result >= 0 {
+                    cx.doorbell_rang();
+                }
             }
             Tag::CHECK => self.results[0] = result,
             _ => debug_assert!(false, "a completion that nobody asked for"),
@@ -284,19 +287,13 @@ impl RingBackend {
     /// Ends all operations on a port and forgets its descriptor. Packets that came meanwhile are in its inbox. `false` if the kernel
     /// did not let go in time.
     pub(super) fn detach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
-        if ports.at(index).armed {
-            let cancel = CancelBuilder::fd(Fixed(index as u32 + 1)).all();
-            // ENOENT: it completed on its own.
-            let _ = self
-                .ring
-                .submitter()
-                .register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), cancel);
-            let deadline = Instant::now() + DRAIN_BOUND;
-            while ports.at(index).armed && self.broken.is_none() && Instant::now() < deadline {
-                self.enter(1, true, Some(DRAIN_BOUND / 20));
-                self.reap(cx, ports);
-            }
+        // What was pushed can be cancelled once it is submitted.
+        if !self.ring.submission().is_empty() {
+            self.enter(0, true, None);
         }
+        // Not only its own requests: until Linux 6.13 a registered file is held until all requests on registered files have ended that began
+        // before it was taken out (io_uring/rsrc.c). A queue would stay attached for as long as another port waits, and keep its flows.
+        self.cancel_all(cx, ports);
         let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
         !ports.at(index).armed
     }
@@ -743,6 +740,17 @@ impl RingBackend {
 
     /// Cancels all, waits for the kernel to let go, unregisters. `false` if it did not let go within the bound: the memory must stay.
     pub(super) fn close(&mut self, cx: &mut Context, ports: &mut Ports) -> bool {
+        let idle = self.cancel_all(cx, ports);
+        // The devices are held by the ring until then, and ring teardown is asynchronous.
+        let _ = self.ring.submitter().unregister_files();
+        if self.registered_buffers {
+            let _ = self.ring.submitter().unregister_buffers();
+        }
+        idle
+    }
+
+    /// Cancels what the kernel has in hand, and files what came of it. `false` if it did not let go within the bound.
+    fn cancel_all(&mut self, cx: &mut Context, ports: &mut Ports) -> bool {
         let deadline = Instant::now() + DRAIN_BOUND;
         // What was pushed and never submitted is not in the kernel's hands.
         let mut queue = self.ring.submission();
@@ -759,11 +767,6 @@ impl RingBackend {
                 let _ = self.handle.enter(0, 1, true, Some(DRAIN_BOUND / 20));
                 self.reap(cx, ports);
             }
-        }
-        // The devices are held by the ring until then, and ring teardown is asynchronous.
-        let _ = self.ring.submitter().unregister_files();
-        if self.registered_buffers {
-            let _ = self.ring.submitter().unregister_buffers();
         }
         self.books.outstanding <= unsubmitted
     }
