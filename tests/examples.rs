@@ -339,7 +339,15 @@ fn udp_tunnel_backpressure(backend: Backend) {
     // The queue has more room than the socket's send buffer, so that nothing is lost in it.
     let output = run(Command::new("tc")
         .args(["qdisc", "add", "dev", "near", "root", "tbf"])
-        .args(["rate", "20mbit", "burst", "16kb", "limit", "8mb"]));
+        // So slow that the receiver's socket, which holds a tenth of a second of it, never overflows.
+        .args([
+            "rate",
+            &format!("{}kbit", 20_000 / common::slowness()),
+            "burst",
+            "16kb",
+            "limit",
+            "8mb",
+        ]));
     if !output.status.success() {
         skip(format!("tbf is missing: {}", String::from_utf8_lossy(&output.stderr)));
     }

@@ -137,6 +137,11 @@ pub fn need_backend(backend: Backend) {
     }
 }
 
+/// How many times slower than usual this machine is taken to be.
+pub fn slowness() -> u32 {
+    env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS))
+}
+
 /// The running kernel's version, for what is asked of it by no other means.
 pub fn kernel() -> (u32, u32) {
     let release = Support::probe().kernel_release.expect("uname(2)");
@@ -170,8 +175,7 @@ fn run_one(trial: Trial) -> Result<Completion, Failed> {
             let _ = sender.send(outcome);
         })
         .map_err(|error| Failed::from(format!("no thread for the trial: {error}")))?;
-    let slowness = env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS));
-    let bound = trial.bound * slowness;
+    let bound = trial.bound * slowness();
     match receiver.recv_timeout(bound) {
         Ok(Ok(())) => Ok(Completion::Completed),
         Ok(Err(payload)) => match payload.downcast::<Skip>() {
