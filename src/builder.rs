@@ -173,7 +173,7 @@ impl Builder {
         self
     }
 
-    /// How many packets the kernel keeps in each queue before it drops. 500 (TUN) or 1000 (TAP) by default.
+    /// How many packets the kernel keeps in each queue before it drops. 500 (TUN) or 1000 (TAP) by default; newer kernels take 32,767 at most.
     pub fn txqueuelen(mut self, packets: u32) -> Self {
         self.txqueuelen = Some(packets);
         self

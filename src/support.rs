@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::thread;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
@@ -120,7 +121,7 @@ impl Support {
                     errno => TunNode::Refused(errno.unwrap_or(libc::EIO)),
                 },
             },
-            io_uring: IoUringSupport::probe(),
+            io_uring: IoUringSupport::probe_elsewhere(),
             memlock_limit: host::memlock_limit().unwrap_or(Some(0)),
             cap_ipc_lock: capabilities >> host::CAP_IPC_LOCK & 1 != 0,
             cap_net_admin: capabilities >> host::CAP_NET_ADMIN & 1 != 0,
@@ -130,6 +131,18 @@ impl Support {
 }
 
 impl IoUringSupport {
+    /// On a thread of its own: the end of a ring interrupts the thread that made it, some time later, so that a call of it may fail with EINTR.
+    fn probe_elsewhere() -> Self {
+        thread::scope(|scope| {
+            let probing = thread::Builder::new().name("probe".to_owned());
+            match probing.spawn_scoped(scope, Self::probe).map(|probe| probe.join()) {
+                Ok(Ok(found)) => found,
+                // No thread can be had.
+                _ => Self::probe(),
+            }
+        })
+    }
+
     fn probe() -> Self {
         let plain = IoUring::new(ENTRIES);
         let mut operations = Probe::new();

@@ -71,6 +71,9 @@ use syscalls::SyscallBackend;
 /// Ends all operations in flight, waits (at most two seconds) until the kernel has let go of the buffers, and closes the queues and
 /// sockets: when it returns, this process holds the devices no more. If the kernel does not let go, the memory is leaked and counted
 /// ([`leaked_arenas`](crate::leaked_arenas)) rather than freed.
+///
+/// The kernel takes a ring down a little later and interrupts the thread for it: a call that sleeps there may fail with EINTR, as after a
+/// signal, and wants to be made again.
 pub struct Worker {
     backend: Imp,
     ports: Ports,
