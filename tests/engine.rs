@@ -1225,7 +1225,10 @@ fn paced(backend: Backend, wait: Wait, rate: u64, time: Duration) -> (Engine<Cou
 fn pauses(backend: Backend, wait: Wait, rate: u64) -> (u64, u64) {
     let (engine, mut generator) = paced(backend, wait, rate, Duration::from_millis(150));
     let generated = generator.run(&Default::default()).unwrap();
-    assert!(generated.sent > rate / 50, "{generated:?}");
+    assert!(
+        generated.sent > rate / 50 / u64::from(common::slowness()),
+        "{generated:?}"
+    );
     eventually("all packets", || received(&engine) >= generated.sent);
     let mut tracker = engine
         .run_on(0, |handler, _| std::mem::take(&mut handler.tracker))
@@ -1287,7 +1290,10 @@ fn taken_between_pauses(backend: Backend) {
         for number in 0..200 {
             assert_eq!(engine.run_on(0, move |_, _| number).unwrap(), number);
         }
-        eventually("more pauses", || pauses() > before);
+        // A slow machine has no time for pauses at this rate.
+        if common::slowness() == 1 {
+            eventually("more pauses", || pauses() > before);
+        }
         let report = engine.stop_within(Duration::from_secs(10));
         over.store(true, Ordering::Relaxed);
         assert!(report.is_clean(), "{report}");
