@@ -13,6 +13,8 @@ mod iface;
 mod queue;
 mod support;
 
+pub mod offload;
+
 mod buf;
 mod stats;
 mod worker;

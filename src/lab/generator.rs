@@ -91,10 +91,11 @@ use super::tracker::Tracker;
 use super::{monotonic_ns, process};
 use crate::netlink::Handle;
 use crate::sys::cpu::TimerSlack;
-use crate::sys::frames::{FrameSocket, virtio_net_hdr};
+use crate::sys::frames::FrameSocket;
 use crate::sys::lab::Row;
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::socket::{set_do_not_fragment, set_udp_segment};
+use crate::sys::virtio_net::virtio_net_hdr;
 use crate::sys::{cpu, fd};
 
 /// The most packets of one group, and so of one system call. The kernel's own bound for UDP GSO was 64 until 6.9.

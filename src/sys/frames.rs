@@ -7,46 +7,6 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::syscall;
 
-/// `struct virtio_net_hdr` (linux/virtio_net.h), in front of each frame once [`FrameSocket::with_vnet_header`] says so. All fields in the
-/// machine's order.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-#[allow(non_camel_case_types)]
-pub(crate) struct virtio_net_hdr {
-    pub(crate) flags: u8,
-    pub(crate) gso_type: u8,
-    pub(crate) hdr_len: u16,
-    pub(crate) gso_size: u16,
-    pub(crate) csum_start: u16,
-    pub(crate) csum_offset: u16,
-}
-
-const _: () = assert!(size_of::<virtio_net_hdr>() == virtio_net_hdr::LEN);
-
-impl virtio_net_hdr {
-    pub(crate) const LEN: usize = 10;
-    /// `flags`: the checksum from `csum_start` on is to be finished.
-    pub(crate) const F_NEEDS_CSUM: u8 = 1;
-    /// `gso_type`: UDP payloads of `gso_size` bytes each, behind one header. Packet sockets take it since Linux 6.2.
-    pub(crate) const GSO_UDP_L4: u8 = 5;
-
-    pub(crate) fn to_bytes(self) -> [u8; Self::LEN] {
-        let Self {
-            flags,
-            gso_type,
-            hdr_len,
-            gso_size,
-            csum_start,
-            csum_offset,
-        } = self;
-        let mut bytes = [flags, gso_type, 0, 0, 0, 0, 0, 0, 0, 0];
-        for (at, field) in [(2, hdr_len), (4, gso_size), (6, csum_start), (8, csum_offset)] {
-            bytes[at..at + 2].copy_from_slice(&field.to_ne_bytes());
-        }
-        bytes
-    }
-}
-
 /// A packet socket on one interface.
 #[derive(Debug)]
 pub(crate) struct FrameSocket(OwnedFd);
@@ -57,7 +17,7 @@ impl FrameSocket {
         Self::open(index, 0)
     }
 
-    /// From now on each frame has a [`virtio_net_hdr`] in front.
+    /// From now on each frame has a [`virtio_net_hdr`](super::virtio_net::virtio_net_hdr) in front.
     pub(crate) fn with_vnet_header(self) -> io::Result<Self> {
         self.set(PACKET_VNET_HDR, &1i32)?;
         Ok(self)

@@ -19,6 +19,7 @@ pub(crate) mod setns;
 pub(crate) mod socket;
 pub(crate) mod tun;
 pub(crate) mod uring;
+pub(crate) mod virtio_net;
 
 /// Calls a libc function and turns -1 into the errno of this thread.
 macro_rules! syscall {

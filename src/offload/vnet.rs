@@ -1,0 +1,229 @@
+//! The driver's header of a packet, checked.
+//!
+//! What a driver says of a packet is a claim: it may come from another host by way of a network card, from another process by way of a packet
+//! socket, or from a kernel with a fault. [`VnetHdr::check`] holds it against the packet itself; what passes can be cut and finished without
+//! looking again.
+//!
+//! | field | what becomes of it |
+//! |---|---|
+//! | `gso_type` | has to agree with the packet's version of IP and protocol; the ECN bit is told apart |
+//! | `hdr_len` | ignored, since the kernel itself is wrong about it where it forwards; the headers are found anew |
+//! | `gso_size` | not zero for a superpacket |
+//! | `csum_start`, `csum_offset` | inside the packet; of a superpacket, exactly where the protocol has its checksum |
+//!
+//! The claims of a plain packet that is to be finished are not held against its headers: it may be inside another (VXLAN), of which nothing is
+//! known here.
+
+use std::fmt;
+
+use super::checksum::sum;
+use super::headers::{HeaderFault, Headers, Link, TCP, UDP, Version};
+use crate::sys::virtio_net::virtio_net_hdr;
+
+/// `struct virtio_net_hdr` (linux/virtio_net.h): what a driver says of the packet behind it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VnetHdr(virtio_net_hdr);
+
+/// What is to be done with a packet, as far as it was believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Meta {
+    /// Nothing: it is as it goes over a wire.
+    Plain,
+    /// Nothing: and its checksum was verified by somebody before.
+    Verified,
+    /// A checksum is to be written: [`finish`].
+    Unfinished {
+        /// Where the bytes begin over which it goes.
+        start: usize,
+        /// Where it belongs, from the packet's start.
+        field: usize,
+    },
+    /// It is a superpacket.
+    Gso(Gso),
+}
+
+/// A superpacket's shape. All offsets lie inside the packet, and the headers are what `kind` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Gso {
+    /// What it is to be cut into.
+    pub kind: GsoType,
+    /// Bytes of payload per segment; the last may have less. Not zero.
+    pub size: u16,
+    /// The first segment alone is to have CWR (RFC 3168).
+    pub ecn: bool,
+    /// Where the headers lie.
+    pub headers: Headers,
+}
+
+/// What a superpacket is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GsoType {
+    /// TCP segments over IPv4.
+    Tcp4,
+    /// TCP segments over IPv6.
+    Tcp6,
+    /// UDP datagrams, each of its own (`UDP_SEGMENT`, USO; not the fragments of UFO).
+    Udp,
+}
+
+/// Why a driver's header was not believed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum VnetFault {
+    /// A type that nobody asked for: UFO, tunnels, or none that exists.
+    Type(u8),
+    /// The type does not go with the packet's version of IP or protocol, or the packet is a fragment.
+    Mismatch,
+    /// A superpacket with segments of no length.
+    Size,
+    /// The checksum's place is not where the protocol has it, or not inside the packet.
+    Checksum,
+    /// The packet is longer or shorter than its own headers say.
+    Length,
+    /// The packet's headers.
+    Headers(HeaderFault),
+}
+
+impl VnetHdr {
+    /// Its length in bytes. Devices may have more in front of each packet (`TUNSETVNETHDRSZ`), which means nothing.
+    pub const LEN: usize = virtio_net_hdr::LEN;
+
+    /// As it stands in front of a packet, in the machine's byte order.
+    #[inline]
+    pub fn from_bytes(bytes: [u8; Self::LEN]) -> Self {
+        Self(virtio_net_hdr::from_bytes(bytes))
+    }
+
+    /// As it is put in front of a packet.
+    #[inline]
+    pub fn to_bytes(self) -> [u8; Self::LEN] {
+        self.0.to_bytes()
+    }
+
+    /// For a packet that is as it goes over a wire.
+    pub const fn plain() -> Self {
+        Self(virtio_net_hdr {
+            flags: 0,
+            gso_type: virtio_net_hdr::GSO_NONE,
+            hdr_len: 0,
+            gso_size: 0,
+            csum_start: 0,
+            csum_offset: 0,
+        })
+    }
+
+    /// For a superpacket of this shape, whose checksum field holds the sum over the pseudo-header.
+    pub fn of(gso: &Gso) -> Self {
+        let kind = match gso.kind {
+            GsoType::Tcp4 => virtio_net_hdr::GSO_TCPV4,
+            GsoType::Tcp6 => virtio_net_hdr::GSO_TCPV6,
+            GsoType::Udp => virtio_net_hdr::GSO_UDP_L4,
+        };
+        Self(virtio_net_hdr {
+            flags: virtio_net_hdr::F_NEEDS_CSUM,
+            gso_type: kind | if gso.ecn { virtio_net_hdr::GSO_ECN } else { 0 },
+            // Offsets of headers are far below 64 KiB.
+            hdr_len: gso.headers.payload as u16,
+            gso_size: gso.size,
+            csum_start: gso.headers.transport as u16,
+            csum_offset: gso.kind.checksum_offset() as u16,
+        })
+    }
+
+    /// Holds what it says against the packet behind it.
+    ///
+    /// # Errors
+    /// It contradicts the packet; see [`VnetFault`]. Nothing of such a packet can be relied upon.
+    #[inline]
+    pub fn check(&self, packet: &[u8], link: Link) -> Result<Meta, VnetFault> {
+        let said = &self.0;
+        if said.gso_type != virtio_net_hdr::GSO_NONE {
+            return self.check_gso(packet, link).map(Meta::Gso);
+        }
+        if said.flags & virtio_net_hdr::F_NEEDS_CSUM != 0 {
+            let start = usize::from(said.csum_start);
+            let field = start + usize::from(said.csum_offset);
+            if field + 2 > packet.len() {
+                return Err(VnetFault::Checksum);
+            }
+            return Ok(Meta::Unfinished { start, field });
+        }
+        Ok(if said.flags & virtio_net_hdr::F_DATA_VALID != 0 {
+            Meta::Verified
+        } else {
+            Meta::Plain
+        })
+    }
+
+    fn check_gso(&self, packet: &[u8], link: Link) -> Result<Gso, VnetFault> {
+        let said = &self.0;
+        let ecn = said.gso_type & virtio_net_hdr::GSO_ECN != 0;
+        let (kind, version, protocol) = match said.gso_type & !virtio_net_hdr::GSO_ECN {
+            virtio_net_hdr::GSO_TCPV4 => (GsoType::Tcp4, Some(Version::V4), TCP),
+            virtio_net_hdr::GSO_TCPV6 => (GsoType::Tcp6, Some(Version::V6), TCP),
+            virtio_net_hdr::GSO_UDP_L4 if !ecn => (GsoType::Udp, None, UDP),
+            _ => return Err(VnetFault::Type(said.gso_type)),
+        };
+        if said.gso_size == 0 {
+            return Err(VnetFault::Size);
+        }
+        let headers = Headers::parse(packet, link).map_err(VnetFault::Headers)?;
+        if version.is_some_and(|version| version != headers.version) || headers.protocol != protocol || headers.fragment
+        {
+            return Err(VnetFault::Mismatch);
+        }
+        if headers.end != packet.len() {
+            return Err(VnetFault::Length);
+        }
+        let places = (usize::from(said.csum_start), usize::from(said.csum_offset));
+        if said.flags & virtio_net_hdr::F_NEEDS_CSUM == 0 || places != (headers.transport, kind.checksum_offset()) {
+            return Err(VnetFault::Checksum);
+        }
+        Ok(Gso {
+            kind,
+            size: said.gso_size,
+            ecn,
+            headers,
+        })
+    }
+}
+
+impl GsoType {
+    /// Where the protocol has its checksum, from its own header's start.
+    pub(super) fn checksum_offset(self) -> usize {
+        match self {
+            Self::Tcp4 | Self::Tcp6 => 16,
+            Self::Udp => 6,
+        }
+    }
+}
+
+/// Writes the checksum of a packet that is [`Unfinished`](Meta::Unfinished): over all from `start` on, where the field at `field` holds what is to be
+/// added (the pseudo-header's sum). A zero is written as all ones, as the kernel does for every protocol. Nothing is done where the places lie
+/// outside.
+///
+/// The packet ends where its IP length says; padding of an Ethernet frame has to be cut off before.
+pub fn finish(packet: &mut [u8], start: usize, field: usize) {
+    let Some(part) = packet.get(start..) else { return };
+    let checksum = sum(part).checksum_udp();
+    if let Some(field) = packet.get_mut(field..field + 2) {
+        field.copy_from_slice(&checksum);
+    }
+}
+
+impl fmt::Display for VnetFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Type(number) => write!(f, "vnet header: a superpacket of type {number:#x}, which is not known"),
+            Self::Mismatch => f.write_str("vnet header: its type does not go with the packet"),
+            Self::Size => f.write_str("vnet header: a superpacket with segments of no length"),
+            Self::Checksum => f.write_str("vnet header: a checksum where the packet has none"),
+            Self::Length => f.write_str("vnet header: the packet's length is not what its headers say"),
+            Self::Headers(fault) => write!(f, "vnet header: a packet {fault}"),
+        }
+    }
+}
+
+impl std::error::Error for VnetFault {}
