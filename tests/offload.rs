@@ -3,8 +3,9 @@
 
 use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
+use tun_driver::offload::coalesce::HEADERS_MAX;
 use tun_driver::offload::headers::{TCP, UDP};
-use tun_driver::offload::{Link, Meta, Plan, Segments, VnetHdr, vnet};
+use tun_driver::offload::{GroTable, Gso, Limits, Link, Meta, Plan, Segments, VnetHdr, vnet};
 
 /// What a superpacket of a test is made of.
 #[derive(Clone, Debug)]
@@ -344,4 +345,438 @@ fn lying_headers_do_no_harm_and_only_the_truth_is_believed() {
         tried >= 500_000 && believed > 1_000,
         "{tried} tried, {believed} believed"
     );
+}
+
+// ----------------------------------------------------------------------------------------------------------------------------- merging
+
+impl Recipe {
+    /// One packet as it goes over a wire.
+    fn packet(&self) -> Vec<u8> {
+        let whole = Recipe {
+            size: u16::MAX,
+            ..self.clone()
+        };
+        let (header, mut packet) = whole.build();
+        let gso = gso_of(header, &packet, whole.link());
+        let mut segments = Segments::new(&gso, &mut packet).unwrap();
+        segments.next().unwrap().to_vec()
+    }
+
+    /// A run of packets that belong together.
+    fn run(&self, count: usize) -> Vec<Vec<u8>> {
+        let len = self.payload.len() as u32;
+        (0..count)
+            .map(|number| {
+                Recipe {
+                    identification: self.identification.wrapping_add(number as u16),
+                    sequence: self.sequence.wrapping_add(len * number as u32),
+                    ..self.clone()
+                }
+                .packet()
+            })
+            .collect()
+    }
+}
+
+fn plain(v6: bool, tcp: bool) -> Recipe {
+    Recipe {
+        v6,
+        tcp,
+        extra: 0,
+        options: 3,
+        flags: 0x10,
+        payload: (0..100).collect(),
+        size: u16::MAX,
+        tags: None,
+        identification: 0xfffe,
+        sequence: 0xffff_ffb0,
+    }
+}
+
+const KINDS: [(bool, bool); 4] = [(false, true), (true, true), (false, false), (true, false)];
+
+fn gso_of(header: VnetHdr, packet: &[u8], link: Link) -> Gso {
+    match header.check(packet, link) {
+        Ok(Meta::Gso(gso)) => gso,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Which packets were put together.
+fn grouped(packets: &[Vec<u8>], link: Link, limits: Limits) -> Vec<Vec<usize>> {
+    let mut table = GroTable::new(256, limits);
+    let groups = table.coalesce(packets, link);
+    groups
+        .map(|group| group.parts().map(|(index, _)| index).collect())
+        .collect()
+}
+
+/// The packets of each group, cut out of it again if it was put together, with their places.
+fn round_trip(packets: &[Vec<u8>], link: Link, limits: Limits) -> Vec<Vec<(usize, Vec<u8>)>> {
+    let mut table = GroTable::new(256, limits);
+    let mut all = Vec::new();
+    for group in table.coalesce(packets, link) {
+        let places: Vec<usize> = group.parts().map(|(index, _)| index).collect();
+        assert_eq!((places[0], places.len()), (group.first(), group.len()));
+        let mut headers = [0; HEADERS_MAX];
+        let Some((vnet, headers)) = group.headers(packets, &mut headers) else {
+            assert_eq!(places.len(), 1);
+            all.push(vec![(places[0], packets[places[0]].clone())]);
+            continue;
+        };
+        let mut superpacket = headers.to_vec();
+        group
+            .parts()
+            .for_each(|(index, payload)| superpacket.extend(&packets[index][payload]));
+        let gso = gso_of(vnet, &superpacket, link);
+        let mut segments = Segments::new(&gso, &mut superpacket).unwrap();
+        assert_eq!(segments.remaining(), places.len());
+        let mut cut = Vec::new();
+        while let Some(segment) = segments.next() {
+            cut.push((places[cut.len()], segment.to_vec()));
+        }
+        all.push(cut);
+    }
+    all
+}
+
+#[test]
+fn a_run_is_one_superpacket_and_cut_again_the_same_packets() {
+    for (v6, tcp) in KINDS {
+        for tags in [None, Some(0), Some(2)] {
+            let recipe = Recipe { tags, ..plain(v6, tcp) };
+            let mut packets = recipe.run(9);
+            // A shorter one ends the run.
+            let last = Recipe {
+                payload: vec![1; 33],
+                identification: recipe.identification.wrapping_add(9),
+                sequence: recipe.sequence.wrapping_add(900),
+                flags: 0x19,
+                ..recipe.clone()
+            };
+            packets.push(last.packet());
+            packets.push(last.packet());
+            let expected = vec![(0..10).collect::<Vec<_>>(), vec![10]];
+            assert_eq!(
+                grouped(&packets, recipe.link(), Limits::default()),
+                expected,
+                "{v6} {tcp}"
+            );
+            for (index, packet) in round_trip(&packets, recipe.link(), Limits::default()).concat() {
+                assert_eq!(packet, packets[index], "{v6} {tcp} {tags:?} {index}");
+            }
+        }
+    }
+}
+
+#[test]
+fn limits_hold() {
+    for (v6, tcp) in KINDS {
+        let packets = plain(v6, tcp).run(130);
+        let sizes = |limits| -> Vec<usize> { grouped(&packets, Link::None, limits).iter().map(Vec::len).collect() };
+        assert_eq!(sizes(Limits::default()), [64, 64, 2]);
+        let most = Limits {
+            segments: 128,
+            ..Limits::default()
+        };
+        assert_eq!(sizes(most), [128, 2]);
+        let short = Limits {
+            bytes: 400,
+            ..Limits::default()
+        };
+        assert!(sizes(short).iter().all(|&size| size <= 3) && sizes(short)[0] == 3);
+        let neither = Limits {
+            tcp: !tcp,
+            udp: tcp,
+            ..Limits::default()
+        };
+        assert_eq!(sizes(neither), [1; 130]);
+        // Never more than IP can say.
+        let long = Recipe {
+            payload: vec![3; 1_400],
+            ..plain(v6, tcp)
+        };
+        let packets = long.run(50);
+        let sizes: Vec<usize> = grouped(&packets, Link::None, Limits::default())
+            .iter()
+            .map(Vec::len)
+            .collect();
+        assert_eq!(sizes, [46, 4], "{v6} {tcp}");
+    }
+}
+
+/// Sets the checksums right after a change by hand.
+fn mend(packet: &mut [u8]) {
+    use tun_driver::offload::checksum::{pseudo_header, sum};
+    let headers = tun_driver::offload::Headers::parse(packet, Link::None).unwrap();
+    if packet[0] >> 4 == 4 {
+        packet[10..12].fill(0);
+        let checksum = sum(&packet[..headers.transport]).checksum();
+        packet[10..12].copy_from_slice(&checksum);
+    }
+    let field = headers.transport + if headers.protocol == TCP { 16 } else { 6 };
+    packet[field..field + 2].fill(0);
+    let (source, target) = headers.addresses(packet).unwrap();
+    let pseudo = pseudo_header(
+        source,
+        target,
+        headers.protocol,
+        (headers.end - headers.transport) as u32,
+    );
+    let checksum = (pseudo + sum(&packet[headers.transport..headers.end])).checksum_udp();
+    packet[field..field + 2].copy_from_slice(&checksum);
+}
+
+#[test]
+fn whatever_differs_keeps_packets_apart() {
+    type Change = (&'static str, usize, u8);
+    let v4: &[Change] = &[
+        ("TOS", 1, 4),
+        ("DF", 6, 0x40),
+        ("TTL", 8, 1),
+        ("identification", 5, 8),
+        ("target", 19, 1),
+    ];
+    let v6: &[Change] = &[
+        ("traffic class", 1, 0x10),
+        ("flow label", 3, 1),
+        ("hop limit", 7, 1),
+        ("target", 39, 1),
+    ];
+    let tcp: &[Change] = &[
+        ("source port", 1, 1),
+        ("sequence", 7, 1),
+        ("acknowledgement", 11, 1),
+        ("ECE", 13, 0x40),
+        ("CWR", 13, 0x80),
+        ("URG", 13, 0x20),
+        ("SYN", 13, 0x02),
+        ("RST", 13, 0x04),
+        ("window", 15, 1),
+        ("an option", 22, 4),
+    ];
+    let udp: &[Change] = &[("source port", 1, 1), ("target port", 3, 1)];
+    for (is_v6, is_tcp) in KINDS {
+        let (network, transport) = if is_v6 { (v6, 40) } else { (v4, 20) };
+        let behind = if is_tcp { tcp } else { udp };
+        let changes = network
+            .iter()
+            .map(|change| (change, 0))
+            .chain(behind.iter().map(|change| (change, transport)));
+        for (&(what, at, bits), base) in changes {
+            let mut packets = plain(is_v6, is_tcp).run(3);
+            packets[1][base + at] ^= bits;
+            mend(&mut packets[1]);
+            let groups = grouped(&packets, Link::None, Limits::default());
+            assert!(
+                !groups.contains(&vec![0, 1, 2]) && groups[0] != [0, 1],
+                "{what}: {groups:?}"
+            );
+            for (index, packet) in round_trip(&packets, Link::None, Limits::default()).concat() {
+                assert_eq!(packet, packets[index], "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_wrong_checksum_stays_wrong_and_alone() {
+    for (v6, tcp) in KINDS {
+        for wrong in 0..4 {
+            let mut packets = plain(v6, tcp).run(4);
+            let last = packets[wrong].len() - 1;
+            packets[wrong][last] ^= 0x10;
+            let groups = round_trip(&packets, Link::None, Limits::default());
+            assert!(groups.iter().any(|group| group.len() == 1 && group[0].0 == wrong));
+            for (index, packet) in groups.concat() {
+                assert_eq!(packet, packets[index]);
+            }
+            // Without looking, it is merged and made right: that is what the switch says.
+            let trusting = Limits {
+                verify: false,
+                ..Limits::default()
+            };
+            assert_eq!(grouped(&packets, Link::None, trusting), [[0, 1, 2, 3]]);
+        }
+        if !v6 {
+            let mut packets = plain(v6, tcp).run(2);
+            packets[1][10] ^= 1;
+            assert_eq!(
+                grouped(&packets, Link::None, Limits::default()),
+                [[0], [1]],
+                "the IP header's"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_cannot_join_ends_the_run_so_that_nothing_overtakes() {
+    for (v6, tcp) in KINDS {
+        let recipe = plain(v6, tcp);
+        let mut packets = recipe.run(4);
+        // In the middle: nothing but headers, as a pure ACK or an empty datagram is.
+        let empty = Recipe {
+            payload: Vec::new(),
+            sequence: recipe.sequence.wrapping_add(200),
+            ..recipe.clone()
+        };
+        packets.insert(2, empty.packet());
+        assert_eq!(
+            grouped(&packets, Link::None, Limits::default()),
+            [vec![0, 1], vec![2], vec![3, 4]]
+        );
+        if !v6 {
+            // A fragment of somebody between the same two ends, and options.
+            let mut fragment = recipe.packet();
+            fragment[6] |= 0x20;
+            mend_network(&mut fragment);
+            packets[2] = fragment;
+            assert_eq!(
+                grouped(&packets, Link::None, Limits::default()),
+                [vec![0, 1], vec![2], vec![3, 4]]
+            );
+            packets[2] = Recipe {
+                extra: 1,
+                ..recipe.clone()
+            }
+            .packet();
+            assert_eq!(
+                grouped(&packets, Link::None, Limits::default()),
+                [vec![0, 1], vec![2], vec![3, 4]]
+            );
+        }
+    }
+}
+
+fn mend_network(packet: &mut [u8]) {
+    packet[10..12].fill(0);
+    let checksum = tun_driver::offload::checksum::sum(&packet[..20]).checksum();
+    packet[10..12].copy_from_slice(&checksum);
+}
+
+#[test]
+fn datagrams_without_a_checksum_keep_none() {
+    let mut packets = plain(false, false).run(3);
+    packets.iter_mut().for_each(|packet| packet[26..28].fill(0));
+    for limits in [
+        Limits::default(),
+        Limits {
+            verify: false,
+            ..Limits::default()
+        },
+    ] {
+        assert_eq!(grouped(&packets, Link::None, limits), [[0], [1], [2]]);
+    }
+}
+
+#[test]
+fn congestion_marks_are_kept() {
+    for v6 in [false, true] {
+        // All with ECE; CWR on the first only.
+        let recipe = Recipe {
+            flags: 0x50,
+            ..plain(v6, true)
+        };
+        let mut packets = recipe.run(3);
+        let transport = if v6 { 40 } else { 20 };
+        packets[0][transport + 13] |= 0x80;
+        mend(&mut packets[0]);
+        assert_eq!(grouped(&packets, Link::None, Limits::default()), [[0, 1, 2]]);
+        for (index, packet) in round_trip(&packets, Link::None, Limits::default()).concat() {
+            assert_eq!(packet, packets[index]);
+        }
+    }
+}
+
+#[test]
+fn an_identification_that_stays_merges_only_with_df() {
+    for (df, merges) in [(true, true), (false, false)] {
+        let mut packets = vec![plain(false, false).packet(); 3];
+        for packet in &mut packets {
+            packet[6] = if df { 0x40 } else { 0 };
+            mend(packet);
+        }
+        assert_eq!(grouped(&packets, Link::None, Limits::default()).len() == 1, merges);
+    }
+}
+
+/// What may come next in a flow.
+#[derive(Clone, Debug)]
+struct Step {
+    flow: usize,
+    len: usize,
+    what: u8,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let length = prop_oneof![8 => Just(200usize), 1 => 0usize..200, 1 => 201usize..400];
+    let what = prop_oneof![20 => Just(0u8), 1 => 1u8..10];
+    let step = (0usize..6, length, what).prop_map(|(flow, len, what)| Step { flow, len, what });
+    prop::collection::vec(step, 1..200)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(300))]
+
+    #[test]
+    fn merged_and_cut_again_all_is_as_it_was(steps in steps(), verify in any::<bool>()) {
+        let mut flows: Vec<Recipe> = (0..6).map(|flow| Recipe { identification: 100 * flow as u16, ..plain(flow % 2 == 1, flow / 2 % 2 == 0) }).collect();
+        let mut corrupted = Vec::new();
+        let packets: Vec<Vec<u8>> = steps.iter().enumerate().map(|(index, step)| {
+            let flow = &mut flows[step.flow];
+            flow.payload = vec![index as u8; step.len];
+            flow.flags = match step.what { 1 => 0x18, 2 => 0x11, 3 => 0x90, 4 => 0x50, _ => 0x10 };
+            if step.what == 5 {
+                flow.identification = flow.identification.wrapping_add(7);
+            }
+            let mut packet = flow.packet();
+            flow.identification = flow.identification.wrapping_add(1);
+            flow.sequence = flow.sequence.wrapping_add(step.len as u32);
+            // The last two flows have the addresses of the first two, and other ports.
+            if step.flow >= 4 {
+                let at = if flow.v6 { 40 } else { 20 };
+                packet[at + 1] ^= 0x0f;
+                mend(&mut packet);
+            }
+            if step.what == 6 {
+                let last = packet.len() - 1;
+                packet[last] ^= 1;
+                corrupted.push(index);
+            }
+            if step.what == 7 && !flow.v6 {
+                packet[6] |= 0x20;
+                mend_network(&mut packet);
+            }
+            packet
+        }).collect();
+        let limits = Limits { verify, ..Limits::default() };
+        let groups = round_trip(&packets, Link::None, limits);
+        let mut seen = vec![false; packets.len()];
+        let mut last_of = [None; 6];
+        let mut last_first = None;
+        for group in &groups {
+            prop_assert!(last_first < Some(group[0].0));
+            last_first = Some(group[0].0);
+            for (index, packet) in group {
+                prop_assert!(!std::mem::replace(&mut seen[*index], true));
+                if verify || !corrupted.contains(index) {
+                    prop_assert_eq!(packet, &packets[*index]);
+                }
+                // In its flow nothing was overtaken.
+                let last = &mut last_of[steps[*index].flow];
+                prop_assert!(*last < Some(*index));
+                *last = Some(*index);
+            }
+        }
+        prop_assert!(seen.into_iter().all(|seen| seen));
+    }
+
+    #[test]
+    fn arbitrary_packets_are_each_in_one_group(packets in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..120), 0..40), ethernet in any::<bool>()) {
+        let link = if ethernet { Link::Ethernet } else { Link::None };
+        let mut all: Vec<usize> = grouped(&packets, link, Limits::default()).concat();
+        all.sort_unstable();
+        prop_assert_eq!(all, (0..packets.len()).collect::<Vec<_>>());
+    }
 }
