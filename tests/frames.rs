@@ -113,7 +113,7 @@ fn transfer(config: &Config) -> Generated {
             let until = Until {
                 packets: Some(20_000),
                 quiet: Some(Duration::from_secs(2)),
-                time: Some(Duration::from_secs(20)),
+                time: Some(Duration::from_secs(20) * common::slowness()),
             };
             receiver.run(until, &AtomicBool::new(false)).unwrap()
         });

@@ -355,7 +355,9 @@ fn veth_between_namespaces() {
         let (length, from) = receiver.recv_from(&mut [0; 200]).unwrap();
         assert_eq!((length, from), (100, sender.local_addr().unwrap()));
         let sent = netlink.stats(near).unwrap().since(&before);
-        assert_eq!((sent.tx_packets, sent.tx_errors, sent.tx_dropped), (1, 0, 0), "{bound}");
+        // IPv6 has things of its own to say now and then.
+        assert!((1..10).contains(&sent.tx_packets), "{bound}: {sent:?}");
+        assert_eq!((sent.tx_errors, sent.tx_dropped), (0, 0), "{bound}");
         assert!(sent.tx_bytes > 100);
     }
 }

@@ -263,7 +263,7 @@ fn takes_what_it_says() {
         batch.clear();
     }
     let taken = process::memory().unwrap().resident - before;
-    let allowed = (workers.len() * (said.total() + (64 << 10))) as u64;
+    let allowed = (workers.len() * (said.total() + (256 << 10))) as u64;
     assert!(
         taken <= allowed,
         "{taken} bytes for {} workers, {said:?}",
