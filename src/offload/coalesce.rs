@@ -122,7 +122,7 @@ struct Run {
     headers: Option<Headers>,
     /// More may join.
     open: bool,
-    /// The checksum of its first packet was found right.
+    /// The checksums of its first packet were found right.
     verified: bool,
     /// Its packets have all the same IPv4 identification.
     same_identification: bool,
@@ -323,15 +323,17 @@ impl GroTable {
         if headers.protocol == UDP && !(udp_is_sound(packet, headers) && udp_is_sound(first, &theirs)) {
             return false;
         }
-        if self.limits.verify {
-            if !run.verified && !is_whole(first, &theirs) {
+        // The first one is looked at when it is worth it.
+        if !run.verified {
+            let whole = has_sound_header(first, &theirs) && (!self.limits.verify || is_whole(first, &theirs));
+            if !whole {
                 run.open = false;
                 return false;
             }
             run.verified = true;
-            if !is_whole(packet, headers) {
-                return false;
-            }
+        }
+        if self.limits.verify && !is_whole(packet, headers) {
+            return false;
         }
         run.same_identification = same_identification;
         true
@@ -466,7 +468,7 @@ fn network_follows(packet: &[u8], headers: &Headers, first: &[u8], theirs: &Head
     match headers.version {
         Version::V4 => {
             // TOS, fragment field with DF, TTL; the protocol is the flow's.
-            if ours[1] != old[1] || ours[6..9] != old[6..9] || !sum(ours).is_whole() || !sum(old).is_whole() {
+            if ours[1] != old[1] || ours[6..9] != old[6..9] || !sum(ours).is_whole() {
                 return None;
             }
             let identification = |header: &[u8]| u16::from_be_bytes([header[4], header[5]]);
@@ -513,6 +515,15 @@ fn udp_is_sound(packet: &[u8], headers: &Headers) -> bool {
             let length = u16::from_be_bytes([udp[4], udp[5]]);
             usize::from(length) == headers.end - headers.transport && udp[6..] != [0, 0]
         })
+}
+
+/// Whether the IPv4 header's checksum is right.
+#[inline]
+fn has_sound_header(packet: &[u8], headers: &Headers) -> bool {
+    headers.version == Version::V6
+        || packet
+            .get(headers.network..headers.transport)
+            .is_some_and(|header| sum(header).is_whole())
 }
 
 /// Whether the checksum of TCP or UDP is right.
