@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
+use crate::offload::Offloads;
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::tun;
 
@@ -95,11 +96,66 @@ pub(crate) fn check_packet_info(fd: BorrowedFd<'_>, name: &IfName, flags: u16) -
 /// Whether packet information is in front of the packets.
 pub(crate) fn packet_info(fd: BorrowedFd<'_>, flags: u16) -> Result<bool, OpenError> {
     const CALL: &str = "writev";
-    let found = tun::has_packet_info(fd, flags & tun::IFF_TAP != 0).map_err(|error| os_error(CALL, &error))?;
+    let header = if flags & tun::IFF_VNET_HDR == 0 {
+        0
+    } else {
+        let size = tun::vnet_hdr_size(fd).map_err(|error| os_error("ioctl(TUNGETVNETHDRSZ)", &error))?;
+        usize::try_from(size).unwrap_or(usize::MAX)
+    };
+    let found = tun::has_packet_info(fd, flags & tun::IFF_TAP != 0, header).map_err(|error| os_error(CALL, &error))?;
     found.ok_or_else(|| {
         let detail = "the kernel does not tell whether the device has packet information";
         OpenError::refused(OpenErrorKind::Unsupported, CALL, detail)
     })
+}
+
+/// Sets the device's header size and its offloads: `wanted`, or as much of it as the kernel takes. Returns what it took.
+///
+/// Both belong to the device, and stay on a persistent one; so they are set at every attach, also to nothing.
+pub(crate) fn negotiate(fd: BorrowedFd<'_>, wanted: Offloads) -> Result<Offloads, OpenError> {
+    tun::set_vnet_hdr_size(fd, tun::VNET_HDR_SIZE_DEFAULT)
+        .map_err(|error| os_error("ioctl(TUNSETVNETHDRSZ)", &error))?;
+    offer(fd, wanted).map_err(|error| os_error("ioctl(TUNSETOFFLOAD)", &error))
+}
+
+/// TUNSETOFFLOAD with `wanted`, or with less: it refuses all if it does not know one (EINVAL), and cannot be asked which.
+pub(crate) fn offer(fd: BorrowedFd<'_>, wanted: Offloads) -> io::Result<Offloads> {
+    // USO came last (Linux 6.2).
+    let narrower = [
+        Offloads::none(),
+        Offloads::USO,
+        Offloads::TSO_ECN,
+        Offloads::USO | Offloads::TSO_ECN,
+        Offloads::USO | Offloads::TSO_ECN | Offloads::TSO4 | Offloads::TSO6,
+        Offloads::CSUM,
+    ];
+    let mut last = Ok(Offloads::none());
+    for less in narrower {
+        let mut less = wanted - less;
+        if !less.contains(Offloads::TSO4) && !less.contains(Offloads::TSO6) {
+            less = less - Offloads::TSO_ECN;
+        }
+        match tun::set_offload(fd, offload_flags(less)) {
+            Ok(()) => return Ok(less),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => last = Err(error),
+            Err(error) => return Err(error),
+        }
+    }
+    last
+}
+
+/// As TUNSETOFFLOAD wants it.
+fn offload_flags(offloads: Offloads) -> u32 {
+    [
+        (Offloads::CSUM, tun::TUN_F_CSUM),
+        (Offloads::TSO4, tun::TUN_F_TSO4),
+        (Offloads::TSO6, tun::TUN_F_TSO6),
+        (Offloads::TSO_ECN, tun::TUN_F_TSO_ECN),
+        (Offloads::USO, tun::TUN_F_USO4 | tun::TUN_F_USO6),
+    ]
+    .into_iter()
+    .filter(|&(offload, _)| offloads.contains(offload))
+    .fold(0, |flags, (_, flag)| flags | flag)
 }
 
 /// What any call may say: out of descriptors, out of memory, unknown to the kernel.

@@ -6,6 +6,7 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use crate::attach;
 use crate::device::{Device, in_netns};
@@ -13,7 +14,8 @@ use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
 #[cfg(feature = "netlink")]
 use crate::netlink::{Handle, RequestError};
-use crate::queue::{MultiQueue, QueueInfo};
+use crate::offload::Offloads;
+use crate::queue::{MultiQueue, QueueInfo, SharedOffloads};
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::{host, setns, tun};
 
@@ -40,6 +42,7 @@ pub struct Builder {
     queues: usize,
     multi_queue: bool,
     packet_info: bool,
+    offloads: Offloads,
     attach_existing: bool,
     persist: Option<bool>,
     owner: Option<u32>,
@@ -82,6 +85,7 @@ impl Builder {
             queues: 1,
             multi_queue: false,
             packet_info: false,
+            offloads: Offloads::none(),
             attach_existing: false,
             persist: None,
             owner: None,
@@ -116,10 +120,31 @@ impl Builder {
         self
     }
 
+    /// Asks for offloads: none by default. What the kernel grants of them is told by [`MultiQueue::granted`].
+    ///
+    /// With any, the device is opened with `IFF_VNET_HDR`. What a worker receives from it may then be a superpacket of up to 64 KiB, or have a
+    /// checksum that is to be finished; [`PacketBuf::meta`](crate::PacketBuf::meta) tells. [`Worker::send_many`](crate::Worker::send_many) passes
+    /// such packets on where they can go so, cuts and finishes them where not, and merges plain packets into superpackets. Not together with
+    /// [`packet_info`](Self::packet_info).
+    ///
+    /// ```no_run
+    /// use tun_driver::{Builder, Mode, Offloads};
+    ///
+    /// # fn main() -> Result<(), tun_driver::OpenError> {
+    /// let device = Builder::new("gw%d", Mode::Tun).offloads(Offloads::all()).up(true).open()?;
+    /// println!("granted: {}", device.granted().offloads);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn offloads(mut self, offloads: Offloads) -> Self {
+        self.offloads = offloads;
+        self
+    }
+
     /// Attaches to a device of that name if there is one, instead of refusing. It must be of the same mode, and multi-queue or not, as
     /// asked here. Its owner may do so without privilege, if the settings need none.
     ///
-    /// What survives on a persistent device from earlier users is put back: header size, offloads, carrier, steering and filter
+    /// What survives on a persistent device from earlier users is put back: header size, offloads (set anew if asked for), carrier, steering and filter
     /// programs, address filter. Not put back is what anybody may see and set: addresses, MTU, up or down.
     pub fn attach_existing(mut self, attach: bool) -> Self {
         self.attach_existing = attach;
@@ -253,6 +278,12 @@ impl Builder {
                 "a TUN device has no Ethernet address; mac() is for TAP",
             );
         }
+        if self.packet_info && !self.offloads.is_empty() {
+            return refused(
+                OpenErrorKind::InvalidSetting,
+                "offloads and packet_info(true) do not go together; the virtio-net header tells more than packet information does",
+            );
+        }
         #[cfg(feature = "netlink")]
         {
             for (address, prefix) in self
@@ -289,14 +320,18 @@ impl Builder {
         if attached {
             reset(&fds, self.mode)?;
         }
-        let device = Device::here(control, &name, flags, entrance)?;
+        let offloads = Arc::new(SharedOffloads::default());
+        if flags & tun::IFF_VNET_HDR != 0 {
+            offloads.set(attach::negotiate(fds[0].as_fd(), self.offloads)?);
+        }
+        let device = Device::here(control, &name, flags, entrance, Arc::clone(&offloads))?;
         self.configure(&fds, &device, attached)?;
         // Last, so that nothing that fails leaves a device behind.
         self.apply_persist(&fds, &mut flags)?;
         let mtu = device
             .mtu()
             .map_err(|error| attach::os_error("ioctl(SIOCGIFMTU)", &error))?;
-        let info = QueueInfo::new(&name, flags, Some(mtu));
+        let info = QueueInfo::new(&name, flags, Some(mtu), offloads);
         Ok(MultiQueue::opened(fds, info, flags, device))
     }
 
@@ -304,6 +339,9 @@ impl Builder {
         let mut flags = self.mode.iff();
         if !self.packet_info {
             flags |= tun::IFF_NO_PI;
+        }
+        if !self.offloads.is_empty() {
+            flags |= tun::IFF_VNET_HDR;
         }
         if self.queues > 1 || self.multi_queue {
             flags |= tun::IFF_MULTI_QUEUE;

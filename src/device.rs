@@ -8,7 +8,8 @@ use std::sync::Arc;
 use crate::attach;
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
-use crate::queue::{Queue, QueueInfo};
+use crate::offload::Offloads;
+use crate::queue::{Queue, QueueInfo, SharedOffloads};
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::setns::{self, NetnsId};
 use crate::sys::tun;
@@ -32,6 +33,8 @@ struct Inner {
     mode: Mode,
     packet_info: bool,
     multi_queue: bool,
+    vnet_hdr: bool,
+    offloads: Arc<SharedOffloads>,
     /// Where the device is, if /proc could tell.
     netns: Option<NetnsId>,
     /// The way there, if it is not where the device was opened from.
@@ -45,6 +48,7 @@ impl Device {
         name: &IfName,
         flags: u16,
         entrance: Option<File>,
+        offloads: Arc<SharedOffloads>,
     ) -> Result<Self, OpenError> {
         let index = control
             .index(name)
@@ -56,6 +60,8 @@ impl Device {
                 mode: Mode::from_iff(flags),
                 packet_info: flags & tun::IFF_NO_PI == 0,
                 multi_queue: flags & tun::IFF_MULTI_QUEUE != 0,
+                vnet_hdr: flags & tun::IFF_VNET_HDR != 0,
+                offloads,
                 netns: NetnsId::current().ok(),
                 entrance,
             }),
@@ -75,6 +81,11 @@ impl Device {
     /// What the device is called now.
     pub fn current_name(&self) -> io::Result<String> {
         Ok(self.name()?.lossy().into_owned())
+    }
+
+    /// What the kernel may hand over unfinished or uncut. [`Queue::set_offloads`] changes it.
+    pub fn offloads(&self) -> Offloads {
+        self.inner.offloads.get()
     }
 
     /// The largest IP packet, in bytes.
@@ -140,7 +151,13 @@ impl Device {
             let detail = format!("{name:?} was created without IFF_MULTI_QUEUE and has one queue for good");
             return Err(OpenError::refused(OpenErrorKind::QueueModeMismatch, CALL, detail));
         }
-        let asked = inner.mode.iff() | tun::IFF_MULTI_QUEUE | if inner.packet_info { 0 } else { tun::IFF_NO_PI };
+        let mut asked = inner.mode.iff() | tun::IFF_MULTI_QUEUE;
+        if !inner.packet_info {
+            asked |= tun::IFF_NO_PI;
+        }
+        if inner.vnet_hdr {
+            asked |= tun::IFF_VNET_HDR;
+        }
         let open = || attach::open_further(&name, asked, &inner.control);
         let fd = if NetnsId::current().ok() == inner.netns {
             open()?
@@ -158,12 +175,18 @@ impl Device {
                 return Err(OpenError::refused(OpenErrorKind::NotGranted, CALL, detail));
             }
         }
+        if inner.vnet_hdr {
+            // Whoever attached meanwhile may have changed what belongs to the device.
+            inner.offloads.set(attach::negotiate(fd.as_fd(), inner.offloads.get())?);
+        }
         let info = QueueInfo {
             name: name.lossy().into_owned(),
             mode: inner.mode,
             packet_info: inner.packet_info,
             multi_queue: true,
             mtu: inner.control.mtu(&name).ok(),
+            vnet_hdr: inner.vnet_hdr,
+            offloads: Arc::clone(&inner.offloads),
         };
         Ok(Queue::new(fd, Arc::new(info)))
     }

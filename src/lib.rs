@@ -47,5 +47,6 @@ pub use engine::{
 pub use builder::Builder;
 pub use device::Device;
 pub use iface::{Iface, Mode};
+pub use offload::Offloads;
 pub use queue::{Granted, MultiQueue, Queue};
 pub use support::{IoUringSupport, Support, TunNode};

@@ -4,11 +4,13 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::attach;
 use crate::device::{Device, in_netns};
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
+use crate::offload::Offloads;
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::setns::NetnsId;
 use crate::sys::tun;
@@ -41,6 +43,8 @@ pub struct Granted {
     pub napi: bool,
     /// The device outlives its queues (`IFF_PERSIST`).
     pub persist: bool,
+    /// What the kernel may hand over unfinished or uncut. The same may be sent so.
+    pub offloads: Offloads,
 }
 
 impl MultiQueue {
@@ -77,9 +81,23 @@ impl MultiQueue {
     /// [`NotATunDescriptor`](OpenErrorKind::NotATunDescriptor): not of the tun driver, not attached, or its device was deleted; a queue
     /// given twice; queues of several devices. [`QueueModeMismatch`](OpenErrorKind::QueueModeMismatch): several of a single-queue device.
     /// [`TooManyQueues`](OpenErrorKind::TooManyQueues). [`NotGranted`](OpenErrorKind::NotGranted): differing flags.
-    /// [`Unsupported`](OpenErrorKind::Unsupported): the device was opened with `IFF_VNET_HDR`.
     /// [`InvalidSetting`](OpenErrorKind::InvalidSetting): no descriptors at all.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Self, OpenError> {
+        Self::adopt(fds, Offloads::none())
+    }
+
+    /// Like [`from_fds`](Self::from_fds), and asks for offloads, which takes a device that was opened with `IFF_VNET_HDR`.
+    ///
+    /// Offloads belong to the device: those who hold other queues of it get superpackets too. [`from_fds`](Self::from_fds) switches them off.
+    ///
+    /// # Errors
+    ///
+    /// As [`from_fds`](Self::from_fds); and [`QueueModeMismatch`](OpenErrorKind::QueueModeMismatch) if the device has no `IFF_VNET_HDR`.
+    pub fn from_fds_with_offloads(fds: Vec<OwnedFd>, offloads: Offloads) -> Result<Self, OpenError> {
+        Self::adopt(fds, offloads)
+    }
+
+    fn adopt(fds: Vec<OwnedFd>, wanted: Offloads) -> Result<Self, OpenError> {
         let mut adopted = check_adopted(&fds)?;
         let netns = common_netns(&fds)?;
         for fd in &fds {
@@ -88,13 +106,30 @@ impl MultiQueue {
                 .map_err(|error| attach::os_error("fcntl(F_SETFL)", &error))?;
         }
         adopt_packet_info(&fds, &mut adopted)?;
+        let offloads = Arc::new(SharedOffloads::default());
+        if adopted.flags & tun::IFF_VNET_HDR != 0 {
+            if adopted.flags & tun::IFF_NO_PI == 0 {
+                let detail = format!(
+                    "{:?} has packet information and a virtio-net header in front of each packet; open it with IFF_NO_PI",
+                    adopted.name
+                );
+                return Err(OpenError::refused(OpenErrorKind::Unsupported, "from_fds", detail));
+            }
+            offloads.set(attach::negotiate(fds[0].as_fd(), wanted)?);
+        } else if !wanted.is_empty() {
+            let detail = format!(
+                "{:?} was opened without IFF_VNET_HDR, so it has no offloads",
+                adopted.name
+            );
+            return Err(OpenError::refused(OpenErrorKind::QueueModeMismatch, "from_fds", detail));
+        }
         let verified = netns.is_some() || fds.len() == 1;
         let device = match netns {
-            Some(netns) => device_in(netns, &adopted)?,
+            Some(netns) => device_in(netns, &adopted, &offloads)?,
             None => None,
         };
         let mtu = device.as_ref().and_then(|device| device.mtu().ok());
-        let info = Arc::new(QueueInfo::new(&adopted.name, adopted.flags, mtu));
+        let info = Arc::new(QueueInfo::new(&adopted.name, adopted.flags, mtu, offloads));
         let queues = fds.into_iter().map(|fd| Queue::new(fd, Arc::clone(&info))).collect();
         Ok(Self {
             queues,
@@ -133,6 +168,7 @@ impl MultiQueue {
             vnet_hdr: self.flags & tun::IFF_VNET_HDR != 0,
             napi: self.flags & tun::IFF_NAPI != 0,
             persist: self.flags & tun::IFF_PERSIST != 0,
+            offloads: self.info().offloads.get(),
         }
     }
 
@@ -255,16 +291,34 @@ pub(crate) struct QueueInfo {
     pub(crate) packet_info: bool,
     pub(crate) multi_queue: bool,
     pub(crate) mtu: Option<u32>,
+    pub(crate) vnet_hdr: bool,
+    pub(crate) offloads: Arc<SharedOffloads>,
+}
+
+/// What a device was granted last: one for all its queues and handles.
+#[derive(Debug, Default)]
+pub(crate) struct SharedOffloads(AtomicU8);
+
+impl SharedOffloads {
+    pub(crate) fn get(&self) -> Offloads {
+        Offloads::from_bits(self.0.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn set(&self, offloads: Offloads) {
+        self.0.store(offloads.bits(), Ordering::Relaxed);
+    }
 }
 
 impl QueueInfo {
-    pub(crate) fn new(name: &IfName, flags: u16, mtu: Option<u32>) -> Self {
+    pub(crate) fn new(name: &IfName, flags: u16, mtu: Option<u32>, offloads: Arc<SharedOffloads>) -> Self {
         Self {
             name: name.lossy().into_owned(),
             mode: Mode::from_iff(flags),
             packet_info: flags & tun::IFF_NO_PI == 0,
             multi_queue: flags & tun::IFF_MULTI_QUEUE != 0,
             mtu,
+            vnet_hdr: flags & tun::IFF_VNET_HDR != 0,
+            offloads,
         }
     }
 }
@@ -303,6 +357,31 @@ impl Queue {
     /// The device's MTU in bytes when this queue was opened or adopted; `None` for an adopted one whose namespace the kernel does not tell.
     pub fn mtu(&self) -> Option<u32> {
         self.info.mtu
+    }
+
+    /// Whether a virtio-net header is in front of each packet. A worker's ports take it off and put it on.
+    pub fn vnet_hdr(&self) -> bool {
+        self.info.vnet_hdr
+    }
+
+    /// What the kernel may hand over unfinished or uncut, on all queues of the device.
+    pub fn offloads(&self) -> Offloads {
+        self.info.offloads.get()
+    }
+
+    /// Changes the offloads of the device (TUNSETOFFLOAD), for all its queues, also while they are in use: to `wanted`, or as much of it as the
+    /// kernel takes, which is returned. What lies in the queues already may still come as it was. Takes no privilege.
+    ///
+    /// # Errors
+    ///
+    /// EINVAL: the device was opened without offloads ([`Builder::offloads`](crate::Builder::offloads)). EBADFD once it is deleted.
+    pub fn set_offloads(&self, wanted: Offloads) -> io::Result<Offloads> {
+        if !self.info.vnet_hdr {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        let granted = attach::offer(self.as_fd(), wanted)?;
+        self.info.offloads.set(granted);
+        Ok(granted)
     }
 
     /// How many bytes of packets sent through this queue may be under way in the stack before sending says EAGAIN (TUNGETSNDBUF):
@@ -432,11 +511,6 @@ fn check_adopted(fds: &[OwnedFd]) -> Result<Adopted, OpenError> {
             ));
         }
     }
-    if flags & tun::IFF_VNET_HDR != 0 {
-        let detail =
-            format!("{name:?} was opened with IFF_VNET_HDR, which this version does not serve; open it without");
-        return Err(OpenError::refused(OpenErrorKind::Unsupported, CALL, detail));
-    }
     if let Some(i) = given_twice(fds).map_err(|error| attach::os_error("fcntl(F_SETFL)", &error))? {
         return Err(not_tun(
             "from_fds",
@@ -517,10 +591,14 @@ fn adopt_packet_info(fds: &[OwnedFd], adopted: &mut Adopted) -> Result<(), OpenE
 }
 
 /// A handle for the device; `None` if its namespace is another one, and may not be entered.
-fn device_in((netns, id): (File, NetnsId), adopted: &Adopted) -> Result<Option<Device>, OpenError> {
+fn device_in(
+    (netns, id): (File, NetnsId),
+    adopted: &Adopted,
+    offloads: &Arc<SharedOffloads>,
+) -> Result<Option<Device>, OpenError> {
     let here = |entrance| {
         let control = ControlSocket::new().map_err(|error| attach::os_error("socket(AF_UNIX)", &error))?;
-        Device::here(control, &adopted.name, adopted.flags, entrance)
+        Device::here(control, &adopted.name, adopted.flags, entrance, Arc::clone(offloads))
     };
     if NetnsId::current().is_ok_and(|current| current == id) {
         return here(Some(netns)).map(Some);

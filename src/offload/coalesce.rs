@@ -82,6 +82,17 @@ pub struct Limits {
     pub verify: bool,
 }
 
+/// What is known of a packet beforehand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trust {
+    /// Nothing.
+    None,
+    /// Its TCP or UDP checksum is right, or its field holds the sum over the pseudo-header and is to be finished: not looked at.
+    Whole,
+    /// It goes alone, as a superpacket does, and ends its flow's run.
+    Alone,
+}
+
 /// Finds runs in batches of packets.
 #[derive(Debug)]
 pub struct GroTable {
@@ -122,6 +133,8 @@ struct Run {
     headers: Option<Headers>,
     /// More may join.
     open: bool,
+    /// The checksum of its first packet is known to be right.
+    whole: bool,
     /// The checksums of its first packet were found right.
     verified: bool,
     /// Its packets have all the same IPv4 identification.
@@ -179,6 +192,16 @@ impl GroTable {
         packets: &[P],
         link: Link,
     ) -> impl ExactSizeIterator<Item = Group<'_>> + use<'_, P> {
+        self.coalesce_trusting(packets, link, |_| Trust::None)
+    }
+
+    /// The same, with what is known of each packet by its place in the batch.
+    pub fn coalesce_trusting<P: Deref<Target = [u8]>, F: Fn(usize) -> Trust>(
+        &mut self,
+        packets: &[P],
+        link: Link,
+        trust: F,
+    ) -> impl ExactSizeIterator<Item = Group<'_>> + use<'_, P, F> {
         let packets = &packets[..packets.len().min(self.capacity)];
         self.runs.clear();
         self.parts.clear();
@@ -186,7 +209,7 @@ impl GroTable {
         let slots = (2 * packets.len()).next_power_of_two().min(self.slots.len());
         self.slots[..slots].fill(0);
         for index in 0..packets.len() {
-            self.add(packets, index, link, slots - 1);
+            self.add(packets, index, link, slots - 1, trust(index));
         }
         let parts = &self.parts[..];
         self.runs.iter().map(move |run| Group { run, parts })
@@ -194,7 +217,7 @@ impl GroTable {
 
     /// Finds the place of one packet.
     #[inline]
-    fn add<P: Deref<Target = [u8]>>(&mut self, packets: &[P], index: usize, link: Link, mask: usize) {
+    fn add<P: Deref<Target = [u8]>>(&mut self, packets: &[P], index: usize, link: Link, mask: usize, trust: Trust) {
         let packet = &*packets[index];
         let headers = match Headers::parse(packet, link) {
             Ok(headers) => headers,
@@ -203,13 +226,13 @@ impl GroTable {
                 if fault != HeaderFault::NotIp {
                     self.runs.iter_mut().for_each(|run| run.open = false);
                 }
-                return self.start(index, 0..packet.len(), None, false, 0);
+                return self.start(index, 0..packet.len(), None, false, 0, trust);
             }
         };
         let payload = headers.payload..headers.end;
         if headers.fragment {
             self.seal_between(packets, packet, &headers);
-            return self.start(index, payload, None, false, 0);
+            return self.start(index, payload, None, false, 0, trust);
         }
         let merges = match headers.protocol {
             TCP => self.limits.tcp,
@@ -217,12 +240,12 @@ impl GroTable {
             _ => false,
         };
         if !merges {
-            return self.start(index, payload, None, false, 0);
+            return self.start(index, payload, None, false, 0, trust);
         }
         let (open, flags) = can_begin(packet, &headers, &payload);
         let (slot, run) = self.find(packets, packet, &headers, mask);
         if let Some(run) = run {
-            if self.joins(packets, run, index, &headers, &payload, flags) {
+            if trust != Trust::Alone && self.joins(packets, run, index, &headers, &payload, flags, trust) {
                 let ends = payload.len() < self.runs[run].size || flags & (FIN | PSH) != 0;
                 let run = &mut self.runs[run];
                 self.parts[run.last as usize].next = index as u32;
@@ -241,10 +264,25 @@ impl GroTable {
             self.runs[run].open = false;
         }
         self.slots[slot] = self.runs.len() as u32 + 1;
-        self.start(index, payload, Some(headers), open, flags & (FIN | PSH));
+        self.start(
+            index,
+            payload,
+            Some(headers),
+            open && trust != Trust::Alone,
+            flags & (FIN | PSH),
+            trust,
+        );
     }
 
-    fn start(&mut self, index: usize, payload: Range<usize>, headers: Option<Headers>, open: bool, last_flags: u8) {
+    fn start(
+        &mut self,
+        index: usize,
+        payload: Range<usize>,
+        headers: Option<Headers>,
+        open: bool,
+        last_flags: u8,
+        trust: Trust,
+    ) {
         self.runs.push(Run {
             first: index as u32,
             last: index as u32,
@@ -253,6 +291,7 @@ impl GroTable {
             size: payload.len(),
             headers,
             open,
+            whole: trust == Trust::Whole,
             verified: false,
             same_identification: false,
             last_flags,
@@ -290,6 +329,7 @@ impl GroTable {
     }
 
     /// Whether a packet of the run's flow is what comes next in it.
+    #[expect(clippy::too_many_arguments, reason = "what is known of one packet")]
     #[inline]
     fn joins<P: Deref<Target = [u8]>>(
         &mut self,
@@ -299,6 +339,7 @@ impl GroTable {
         headers: &Headers,
         payload: &Range<usize>,
         flags: u8,
+        trust: Trust,
     ) -> bool {
         let run = &mut self.runs[run];
         let (packet, first) = (&*packets[index], &*packets[run.first as usize]);
@@ -325,14 +366,15 @@ impl GroTable {
         }
         // The first one is looked at when it is worth it.
         if !run.verified {
-            let whole = has_sound_header(first, &theirs) && (!self.limits.verify || is_whole(first, &theirs));
+            let whole =
+                has_sound_header(first, &theirs) && (!self.limits.verify || run.whole || is_whole(first, &theirs));
             if !whole {
                 run.open = false;
                 return false;
             }
             run.verified = true;
         }
-        if self.limits.verify && !is_whole(packet, headers) {
+        if self.limits.verify && trust != Trust::Whole && !is_whole(packet, headers) {
             return false;
         }
         run.same_identification = same_identification;

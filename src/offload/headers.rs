@@ -91,6 +91,15 @@ impl Headers {
             Link::None => 0,
             Link::Ethernet => behind_ethernet(packet)?,
         };
+        Self::parse_at(packet, network)
+    }
+
+    /// Finds the headers of a packet whose IP header begins at `network`, whatever stands in front of it.
+    ///
+    /// # Errors
+    /// As [`parse`](Self::parse).
+    #[inline]
+    pub fn parse_at(packet: &[u8], network: usize) -> Result<Self, HeaderFault> {
         match byte(packet, network)? >> 4 {
             4 => Self::parse_v4(packet, network),
             6 => Self::parse_v6(packet, network),

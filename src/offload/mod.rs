@@ -17,11 +17,13 @@
 pub mod checksum;
 pub mod coalesce;
 pub mod headers;
+mod set;
 pub mod split;
 pub mod vnet;
 
 pub use checksum::Sum;
-pub use coalesce::{GroTable, Group, Limits};
+pub use coalesce::{GroTable, Group, Limits, Trust};
 pub use headers::{HeaderFault, Headers, Link};
+pub use set::Offloads;
 pub use split::{Plan, Segments};
 pub use vnet::{Gso, GsoType, Meta, VnetFault, VnetHdr};

@@ -43,7 +43,7 @@
 use std::ops::Range;
 
 use super::checksum::{Sum, pseudo_header, sum};
-use super::headers::{HeaderFault, Version};
+use super::headers::{HeaderFault, TCP, UDP, Version};
 use super::vnet::{Gso, GsoType, VnetFault};
 
 /// The most bytes of headers that a superpacket may have: far more than any stack sends.
@@ -73,7 +73,8 @@ pub struct Plan {
 /// Lends the segments of a superpacket, one after another, each a whole packet. What is left of the superpacket is of no use afterwards.
 #[derive(Debug)]
 pub struct Segments<'a> {
-    plan: Plan,
+    /// `None` for a packet that is no superpacket: it is its only segment.
+    plan: Option<Plan>,
     packet: &'a mut [u8],
     next: usize,
 }
@@ -186,6 +187,53 @@ impl Plan {
         Some(segment)
     }
 
+    /// Makes what is left of the superpacket, from segment `index` on, a superpacket of its own: its headers are written in front of its payload,
+    /// over payload of the segments before it. Returns where it begins. `None` if there is no such segment, or the superpacket is another one.
+    ///
+    /// So segments may be taken from the front for as long as there is room for them, and what is left keeps for later.
+    pub fn keep_from(&self, index: usize, packet: &mut [u8]) -> Option<usize> {
+        let start = self.range(index)?.start.checked_sub(self.len)?;
+        let rest = self.payload - index * self.size;
+        let to = packet.get_mut(start..start + self.len)?;
+        to.copy_from_slice(&self.headers[..self.len]);
+        let behind = |from: usize| (self.len - from + rest) as u16;
+        let network = &mut to[self.network..self.transport];
+        let (source, target) = match self.version {
+            Version::V4 => {
+                self.stamp_v4(index, behind(self.network), network);
+                network[12..20].split_at(4)
+            }
+            Version::V6 => {
+                network[4..6].copy_from_slice(&behind(self.network + 40).to_be_bytes());
+                network[8..40].split_at(16)
+            }
+        };
+        let length = behind(self.transport);
+        let protocol = if self.kind == GsoType::Udp { UDP } else { TCP };
+        let seed = pseudo_header(source, target, protocol, length.into()).seed();
+        let transport = &mut to[self.transport..];
+        if self.kind == GsoType::Udp {
+            transport[4..6].copy_from_slice(&length.to_be_bytes());
+        } else {
+            let sequence = self.sequence.wrapping_add((index * self.size) as u32);
+            transport[4..8].copy_from_slice(&sequence.to_be_bytes());
+            transport[13] = if index > 0 { self.flags & !CWR } else { self.flags };
+        }
+        let field = self.kind.checksum_offset();
+        transport[field..field + 2].copy_from_slice(&seed);
+        Some(start)
+    }
+
+    /// The fields of an IPv4 header that differ.
+    #[inline]
+    fn stamp_v4(&self, index: usize, total: u16, network: &mut [u8]) {
+        let identification = self.identification.wrapping_add(index as u16);
+        network[2..4].copy_from_slice(&total.to_be_bytes());
+        network[4..6].copy_from_slice(&identification.to_be_bytes());
+        let checksum = (self.network_sum + Sum::of(total) + Sum::of(identification)).checksum();
+        network[10..12].copy_from_slice(&checksum);
+    }
+
     #[inline]
     fn range(&self, index: usize) -> Option<Range<usize>> {
         if index >= self.count {
@@ -203,13 +251,7 @@ impl Plan {
         let behind = |from: usize| (self.len - from + payload.len()) as u16;
         let network = &mut to[self.network..];
         match self.version {
-            Version::V4 => {
-                let (total, identification) = (behind(self.network), self.identification.wrapping_add(index as u16));
-                network[2..4].copy_from_slice(&total.to_be_bytes());
-                network[4..6].copy_from_slice(&identification.to_be_bytes());
-                let checksum = (self.network_sum + Sum::of(total) + Sum::of(identification)).checksum();
-                network[10..12].copy_from_slice(&checksum);
-            }
+            Version::V4 => self.stamp_v4(index, behind(self.network), network),
             Version::V6 => network[4..6].copy_from_slice(&behind(self.network + 40).to_be_bytes()),
         }
         let length = behind(self.transport);
@@ -245,24 +287,37 @@ impl<'a> Segments<'a> {
     /// As [`Plan::new`].
     pub fn new(gso: &Gso, packet: &'a mut [u8]) -> Result<Self, VnetFault> {
         Ok(Self {
-            plan: Plan::new(gso, packet)?,
+            plan: Some(Plan::new(gso, packet)?),
             packet,
             next: 0,
         })
+    }
+
+    /// For a packet that is not to be cut: it comes as it is.
+    pub fn whole(packet: &'a mut [u8]) -> Self {
+        Self {
+            plan: None,
+            packet,
+            next: 0,
+        }
     }
 
     /// The next segment. Not an iterator's, because each is lent out of the same memory.
     #[expect(clippy::should_implement_trait, reason = "it lends")]
     #[inline]
     pub fn next(&mut self) -> Option<&mut [u8]> {
-        let segment = self.plan.segment(self.next, self.packet)?;
+        let segment = match &self.plan {
+            Some(plan) => plan.segment(self.next, self.packet)?,
+            None if self.next == 0 => &mut *self.packet,
+            None => return None,
+        };
         self.next += 1;
         Some(segment)
     }
 
     /// How many are left.
     pub fn remaining(&self) -> usize {
-        self.plan.count - self.next
+        self.plan.as_ref().map_or(1, Plan::count) - self.next
     }
 }
 
@@ -383,6 +438,31 @@ mod tests {
             found += usize::from(segment[26..28] == [0xff, 0xff]);
         }
         assert_eq!(found, 1);
+    }
+
+    #[test]
+    fn what_is_left_is_a_superpacket_that_cuts_into_the_same_segments() {
+        for (v6, tcp) in [(false, true), (true, true), (false, false), (true, false)] {
+            let (header, packet) = superpacket(v6, tcp, 2_500, 300, FIN | PSH | CWR | 0x10);
+            let gso = gso_of(header, &packet);
+            let plan = Plan::new(&gso, &packet).unwrap();
+            let all: Vec<Vec<u8>> = (0..plan.count())
+                .map(|index| plan.segment(index, &mut packet.clone()).unwrap().to_vec())
+                .collect();
+            for from in 0..plan.count() {
+                let mut rest = packet.clone();
+                let start = plan.keep_from(from, &mut rest).unwrap();
+                let rest = &mut rest[start..];
+                let headers = Headers::parse(rest, Link::None).unwrap();
+                let gso = gso_of(VnetHdr::of(&Gso { headers, ..gso }), rest);
+                let mut segments = Segments::new(&gso, rest).unwrap();
+                for expected in &all[from..] {
+                    assert_eq!(segments.next().unwrap(), expected, "v6 {v6} tcp {tcp} from {from}");
+                }
+                assert!(segments.next().is_none());
+            }
+            assert!(plan.keep_from(plan.count(), &mut packet.clone()).is_none());
+        }
     }
 
     #[test]

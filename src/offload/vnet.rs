@@ -114,6 +114,24 @@ impl VnetHdr {
         })
     }
 
+    /// For a packet whose checksum is to be finished: over all from `start` on, written at `field`.
+    pub(crate) const fn unfinished(start: u16, field: u16) -> Self {
+        Self(virtio_net_hdr {
+            flags: virtio_net_hdr::F_NEEDS_CSUM,
+            csum_start: start,
+            csum_offset: field - start,
+            ..Self::plain().0
+        })
+    }
+
+    /// For a packet whose checksum was verified.
+    pub(crate) const fn verified() -> Self {
+        Self(virtio_net_hdr {
+            flags: virtio_net_hdr::F_DATA_VALID,
+            ..Self::plain().0
+        })
+    }
+
     /// For a superpacket of this shape, whose checksum field holds the sum over the pseudo-header.
     pub fn of(gso: &Gso) -> Self {
         let kind = match gso.kind {
@@ -160,33 +178,47 @@ impl VnetHdr {
     fn check_gso(&self, packet: &[u8], link: Link) -> Result<Gso, VnetFault> {
         let said = &self.0;
         let ecn = said.gso_type & virtio_net_hdr::GSO_ECN != 0;
-        let (kind, version, protocol) = match said.gso_type & !virtio_net_hdr::GSO_ECN {
-            virtio_net_hdr::GSO_TCPV4 => (GsoType::Tcp4, Some(Version::V4), TCP),
-            virtio_net_hdr::GSO_TCPV6 => (GsoType::Tcp6, Some(Version::V6), TCP),
-            virtio_net_hdr::GSO_UDP_L4 if !ecn => (GsoType::Udp, None, UDP),
+        let kind = match said.gso_type & !virtio_net_hdr::GSO_ECN {
+            virtio_net_hdr::GSO_TCPV4 => GsoType::Tcp4,
+            virtio_net_hdr::GSO_TCPV6 => GsoType::Tcp6,
+            virtio_net_hdr::GSO_UDP_L4 if !ecn => GsoType::Udp,
             _ => return Err(VnetFault::Type(said.gso_type)),
         };
         if said.gso_size == 0 {
             return Err(VnetFault::Size);
         }
         let headers = Headers::parse(packet, link).map_err(VnetFault::Headers)?;
-        if version.is_some_and(|version| version != headers.version) || headers.protocol != protocol || headers.fragment
-        {
+        let gso = Gso {
+            kind,
+            size: said.gso_size,
+            ecn,
+            headers,
+        };
+        gso.check(packet)?;
+        let places = (usize::from(said.csum_start), usize::from(said.csum_offset));
+        if said.flags & virtio_net_hdr::F_NEEDS_CSUM == 0 || places != (headers.transport, kind.checksum_offset()) {
+            return Err(VnetFault::Checksum);
+        }
+        Ok(gso)
+    }
+}
+
+impl Gso {
+    /// Whether the headers that were found in the packet are those of such a superpacket.
+    pub(crate) fn check(&self, packet: &[u8]) -> Result<(), VnetFault> {
+        let headers = &self.headers;
+        let (version, protocol) = match self.kind {
+            GsoType::Tcp4 => (Version::V4, TCP),
+            GsoType::Tcp6 => (Version::V6, TCP),
+            GsoType::Udp => (headers.version, UDP),
+        };
+        if version != headers.version || headers.protocol != protocol || headers.fragment {
             return Err(VnetFault::Mismatch);
         }
         if headers.end != packet.len() {
             return Err(VnetFault::Length);
         }
-        let places = (usize::from(said.csum_start), usize::from(said.csum_offset));
-        if said.flags & virtio_net_hdr::F_NEEDS_CSUM == 0 || places != (headers.transport, kind.checksum_offset()) {
-            return Err(VnetFault::Checksum);
-        }
-        Ok(Gso {
-            kind,
-            size: said.gso_size,
-            ecn,
-            headers,
-        })
+        Ok(())
     }
 }
 

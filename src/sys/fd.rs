@@ -22,6 +22,24 @@ pub(crate) fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
     unsafe { syscall!(write(fd, bytes.as_ptr().cast(), bytes.len())) }.map(|count| count as usize)
 }
 
+/// write(2) of memory that is named by its address.
+///
+/// # Safety
+/// `len` bytes at `at` are readable during the call.
+pub(crate) unsafe fn write_raw(fd: RawFd, at: *const u8, len: usize) -> io::Result<usize> {
+    // SAFETY: the caller vouches for the memory.
+    unsafe { syscall!(write(fd, at.cast(), len)) }.map(|count| count as usize)
+}
+
+/// writev(2): one packet out of several pieces.
+///
+/// # Safety
+/// `count` iovecs at `parts` are readable during the call, and what they name is.
+pub(crate) unsafe fn write_parts(fd: RawFd, parts: *const libc::iovec, count: usize) -> io::Result<usize> {
+    // SAFETY: the caller vouches for the memory.
+    unsafe { syscall!(writev(fd, parts, count as libc::c_int)) }.map(|count| count as usize)
+}
+
 /// eventfd(2), non-blocking and closed on exec.
 pub(crate) fn eventfd() -> io::Result<OwnedFd> {
     // SAFETY: eventfd takes no pointers; the descriptor is new and ours.

@@ -32,6 +32,15 @@ pub(crate) const IFF_ATTACH_QUEUE: u16 = libc::IFF_ATTACH_QUEUE as u16;
 pub(crate) const IFF_DETACH_QUEUE: u16 = libc::IFF_DETACH_QUEUE as u16;
 pub(crate) const IFF_PERSIST: u16 = libc::IFF_PERSIST as u16;
 
+// What TUNSETOFFLOAD is given.
+pub(crate) const TUN_F_CSUM: u32 = 0x01;
+pub(crate) const TUN_F_TSO4: u32 = 0x02;
+pub(crate) const TUN_F_TSO6: u32 = 0x04;
+pub(crate) const TUN_F_TSO_ECN: u32 = 0x08;
+/// Since Linux 6.2, with the next one; libc and older headers do not have them.
+pub(crate) const TUN_F_USO4: u32 = 0x20;
+pub(crate) const TUN_F_USO6: u32 = 0x40;
+
 /// The size of `struct virtio_net_hdr`, what a new device starts with.
 pub(crate) const VNET_HDR_SIZE_DEFAULT: i32 = 10;
 
@@ -175,25 +184,31 @@ pub(crate) fn unattached_takes_nowait(fd: BorrowedFd<'_>) -> Option<bool> {
     }
 }
 
-/// Whether four bytes of packet information are in front of each packet of a device without IFF_VNET_HDR. `None`: an answer that
-/// tells neither.
+/// Whether four bytes of packet information are in front of each packet, and in front of the `vnet_hdr` bytes of header that a device with
+/// IFF_VNET_HDR has. `None`: an answer that tells neither.
 ///
 /// No ioctl says so. A write does: the kernel looks at the length that is left behind the packet information (EINVAL if it is too short)
 /// before it reads the packet (EFAULT if the memory is not there). So this offers a packet which is long enough only without packet
 /// information, and lies in memory that nobody may read. No packet enters the stack; the EFAULT counts one in the device's rx_dropped.
-pub(crate) fn has_packet_info(fd: BorrowedFd<'_>, tap: bool) -> io::Result<Option<bool>> {
+pub(crate) fn has_packet_info(fd: BorrowedFd<'_>, tap: bool, vnet_hdr: usize) -> io::Result<Option<bool>> {
     const ETH_HLEN: usize = 14;
     const PI_LEN: usize = 4;
+    /// More than any header that a device is set to here.
+    const VNET_HDR_MAX: usize = 32;
+
+    if vnet_hdr > VNET_HDR_MAX {
+        return Ok(None);
+    }
 
     let mut page = memmap2::MmapOptions::new().len(4096).map_anon()?;
     // SAFETY: no reference into the page exists; from here on it is only an address.
     unsafe { syscall!(mprotect(page.as_mut_ptr().cast(), page.len(), libc::PROT_NONE)) }?;
     // TAP is refused below ETH_HLEN without EFAULT, so there the packet information is readable and the rest is not.
-    let mut info = [0_u8; PI_LEN];
+    let mut info = [0_u8; PI_LEN + VNET_HDR_MAX];
     let iovec = [
         libc::iovec {
             iov_base: info.as_mut_ptr().cast(),
-            iov_len: if tap { PI_LEN } else { 0 },
+            iov_len: vnet_hdr + if tap { PI_LEN } else { 0 },
         },
         libc::iovec {
             iov_base: page.as_mut_ptr().cast(),
