@@ -13,7 +13,8 @@ use crate::worker::PortId;
 /// Counters of one port since it was attached.
 ///
 /// The books balance: what the kernel handed over is `received_packets + truncated`, and what was given to `send` or `send_many` and
-/// consumed is `sent_packets + refused_packets`.
+/// consumed is `sent_packets + refused_packets`; for a queue with offloads, of what the kernel handed over `bad_headers` comes on top. The kernel counts
+/// writes: `sent_packets - merged_packets - cut_superpackets + cut_segments`, and a superpacket each for those that were merged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
@@ -43,6 +44,20 @@ pub struct Counters {
     pub empty_asks: u64,
     /// Packets sent from memory that is not this worker's, and therefore not registered.
     pub foreign_sent: u64,
+    /// Of the packets received, superpackets: each counts as one packet.
+    pub received_superpackets: u64,
+    /// Packets whose virtio-net header contradicted them; they were dropped.
+    pub bad_headers: u64,
+    /// Superpackets that the kernel took in one write: passed on as they came, or merged.
+    pub sent_superpackets: u64,
+    /// Of the packets sent, those that went merged into superpackets.
+    pub merged_packets: u64,
+    /// Superpackets that were cut before they were sent. Each counts as one packet sent, or refused if one of its segments was.
+    pub cut_superpackets: u64,
+    /// The segments of these that the kernel took.
+    pub cut_segments: u64,
+    /// Superpackets that the kernel refused, and that went in pieces.
+    pub offloads_refused: u64,
 }
 
 impl AddAssign<&Counters> for Counters {
@@ -61,6 +76,13 @@ impl AddAssign<&Counters> for Counters {
             system_calls,
             empty_asks,
             foreign_sent,
+            received_superpackets,
+            bad_headers,
+            sent_superpackets,
+            merged_packets,
+            cut_superpackets,
+            cut_segments,
+            offloads_refused,
         } = other;
         self.received_packets += received_packets;
         self.received_bytes += received_bytes;
@@ -75,6 +97,13 @@ impl AddAssign<&Counters> for Counters {
         self.system_calls += system_calls;
         self.empty_asks += empty_asks;
         self.foreign_sent += foreign_sent;
+        self.received_superpackets += received_superpackets;
+        self.bad_headers += bad_headers;
+        self.sent_superpackets += sent_superpackets;
+        self.merged_packets += merged_packets;
+        self.cut_superpackets += cut_superpackets;
+        self.cut_segments += cut_segments;
+        self.offloads_refused += offloads_refused;
     }
 }
 
@@ -323,6 +352,13 @@ pub(crate) struct PortTally {
     pub(crate) system_calls: Count,
     pub(crate) empty_asks: Count,
     pub(crate) foreign_sent: Count,
+    pub(crate) received_superpackets: Count,
+    pub(crate) bad_headers: Count,
+    pub(crate) sent_superpackets: Count,
+    pub(crate) merged_packets: Count,
+    pub(crate) cut_superpackets: Count,
+    pub(crate) cut_segments: Count,
+    pub(crate) offloads_refused: Count,
 }
 
 impl PortTally {
@@ -333,10 +369,10 @@ impl PortTally {
         self.received_bytes.add(bytes);
     }
 
-    /// Counts a packet that was refused for good.
-    pub(crate) fn refuse(&self, errno: i32) {
-        self.refused_packets.add(1);
-        self.refused.add(errno);
+    /// Counts packets that were refused for good.
+    pub(crate) fn refuse(&self, errno: i32, packets: u64) {
+        self.refused_packets.add(packets);
+        (0..packets).for_each(|_| self.refused.add(errno));
     }
 
     pub(crate) fn read(&self) -> Counters {
@@ -354,6 +390,13 @@ impl PortTally {
             system_calls: self.system_calls.get(),
             empty_asks: self.empty_asks.get(),
             foreign_sent: self.foreign_sent.get(),
+            received_superpackets: self.received_superpackets.get(),
+            bad_headers: self.bad_headers.get(),
+            sent_superpackets: self.sent_superpackets.get(),
+            merged_packets: self.merged_packets.get(),
+            cut_superpackets: self.cut_superpackets.get(),
+            cut_segments: self.cut_segments.get(),
+            offloads_refused: self.offloads_refused.get(),
         }
     }
 }
@@ -448,7 +491,7 @@ mod tests {
         books.open(first, "a".to_owned()).received(3, 300);
         let tally = books.open(second, "b".to_owned());
         tally.received(4, 400);
-        tally.refuse(libc::EINVAL);
+        tally.refuse(libc::EINVAL, 1);
         books.close(first);
         let stats = books.reader().read();
         assert_eq!((stats.ports.len(), stats.detached.received_packets), (1, 3));

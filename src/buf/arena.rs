@@ -1,4 +1,6 @@
 //! The arena: one mapping, two classes of slots, free lists without atomics, and a return queue for buffers that other threads held.
+//!
+//! The large slots are opened when something first needs them. Until then they are addresses without memory.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;
@@ -61,13 +63,14 @@ impl ArenaConfig {
         }
     }
 
-    /// Bytes of the mapping.
+    /// Bytes of all slots of a class, in whole pages.
+    pub(crate) fn region_len(&self, class: SizeClass) -> usize {
+        (self.stride(class) * self.slots(class)).next_multiple_of(4096)
+    }
+
+    /// Bytes of the mapping: the small slots, and behind them the large ones.
     pub(crate) fn mapping_len(&self) -> usize {
-        let sum = SizeClass::ALL
-            .iter()
-            .map(|&class| self.stride(class) * self.slots(class))
-            .sum::<usize>();
-        sum.next_multiple_of(4096)
+        self.region_len(SizeClass::Small) + self.region_len(SizeClass::Large)
     }
 
     /// Bytes of the tables beside the mapping.
@@ -127,6 +130,14 @@ impl FreeList {
         Self {
             slots: range.rev().map(Cell::new).collect(),
             len,
+        }
+    }
+
+    /// None yet of that many.
+    fn closed(count: u32) -> Self {
+        Self {
+            slots: (0..count).map(Cell::new).collect(),
+            len: Cell::new(0),
         }
     }
 
@@ -211,7 +222,7 @@ impl Shared {
         if slot < small {
             slot * self.config.stride(SizeClass::Small)
         } else {
-            small * self.config.stride(SizeClass::Small) + (slot - small) * self.config.stride(SizeClass::Large)
+            self.config.region_len(SizeClass::Small) + (slot - small) * self.config.stride(SizeClass::Large)
         }
     }
 
@@ -258,6 +269,8 @@ pub(crate) struct Arena {
     small_stride: u32,
     slots: Box<[Cell<SlotState>]>,
     free: [FreeList; 2],
+    /// Large slots in use or free; 0 until they are opened.
+    large_open: Cell<u32>,
     /// Per class and account. An account may hold slots of a class that it has no promise of: an earlier port of its index did.
     reserves: [Box<[Cell<Reserve>]>; 2],
     /// Per class: slots promised to ports and not taken up by them.
@@ -296,7 +309,8 @@ impl Arena {
                     })
                 })
                 .collect(),
-            free: [FreeList::of(0..small), FreeList::of(small..total as u32)],
+            free: [FreeList::of(0..small), FreeList::closed(config.large_slots as u32)],
+            large_open: Cell::new(0),
             reserves: SizeClass::ALL.map(|_| (0..MOST_ACCOUNTS).map(|_| Cell::new(Reserve::EMPTY)).collect()),
             unfilled: [Cell::new(0), Cell::new(0)],
             books,
@@ -311,12 +325,32 @@ impl Arena {
         &self.shared
     }
 
-    /// The whole mapping, for registration.
-    pub(crate) fn as_iovec(&self) -> libc::iovec {
+    /// The first `slots` slots of a class, for registration.
+    pub(crate) fn as_iovec(&self, class: SizeClass, slots: usize) -> libc::iovec {
+        let first = match class {
+            SizeClass::Small => 0,
+            SizeClass::Large => self.config().small_slots as u32,
+        };
         libc::iovec {
-            iov_base: self.shared.base.as_ptr().cast(),
-            iov_len: self.config().mapping_len(),
+            iov_base: self.shared.address(first, 0).as_ptr().cast(),
+            iov_len: self.config().stride(class) * slots,
         }
+    }
+
+    /// Opens the first `slots` of the large slots, if none are yet.
+    pub(crate) fn open_large(&self, slots: usize) {
+        if self.large_open.get() == 0 {
+            let (first, slots) = (self.config().small_slots as u32, slots as u32);
+            self.large_open.set(slots);
+            (first..first + slots)
+                .rev()
+                .for_each(|slot| self.free[SizeClass::Large as usize].push(slot));
+        }
+    }
+
+    /// How many large slots there are to use.
+    pub(crate) fn large_open(&self) -> usize {
+        self.large_open.get() as usize
     }
 
     #[inline]
@@ -357,7 +391,7 @@ impl Arena {
         (config.stride(class) - config.data_offset() - config.tailroom) as u32
     }
 
-    /// Promises `wanted` slots to a port, or as many as half of what is not promised yet. `None` if that is not even one.
+    /// Promises `wanted` slots of a class to a port, or as many as half of what is not promised yet. `None` if that is not even one.
     pub(crate) fn open_account(&self, index: usize, class: SizeClass, wanted: u32) -> Option<u32> {
         self.collect_returned();
         let unfilled = &self.unfilled[class as usize];
@@ -436,6 +470,26 @@ impl Arena {
         Some(slot)
     }
 
+    /// Copies a packet of `len` bytes out of a large slot into a small one, and releases the large one, so that short packets do not sit in it.
+    /// Returns where the packet is then: still where it was if it is too long, or no small slot is free.
+    #[inline]
+    pub(crate) fn move_to_small(&self, account: Account, slot: u32, len: u32) -> u32 {
+        if len >= self.read_len(SizeClass::Small) {
+            return slot;
+        }
+        let Some(small) = self.check_out(account, SizeClass::Small) else {
+            return slot;
+        };
+        let at = self.config().data_offset() as u32;
+        // SAFETY: both slots are checked out and in nobody else's hands, they are different ones, and both have `len` bytes at `at`.
+        unsafe {
+            let (from, to) = (self.address(slot, at), self.address(small, at));
+            std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), len as usize);
+        }
+        self.release(slot);
+        small
+    }
+
     /// Adds a view of `slot`.
     pub(crate) fn add_view(&self, slot: u32) {
         let cell = &self.slots[slot as usize];
@@ -500,7 +554,8 @@ impl Arena {
     /// (free, total) slots over both classes.
     pub(crate) fn occupancy(&self) -> (usize, usize) {
         self.collect_returned();
-        (self.free.iter().map(|list| list.len() as usize).sum(), self.slots.len())
+        let all = self.config().small_slots + self.large_open();
+        (self.free.iter().map(|list| list.len() as usize).sum(), all)
     }
 }
 
@@ -532,7 +587,9 @@ mod tests {
             small_slots: small,
             large_slots: large,
         };
-        Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory")
+        let arena = Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory");
+        arena.open_large(large);
+        arena
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Packets that travel together.
 
+use std::cell::Cell;
 use std::ops::{Deref, DerefMut};
 
 use super::packet::PacketBuf;
@@ -81,6 +82,59 @@ impl Batch {
         for packet in self.packets.drain(..) {
             packet.arena().count_discarded(1);
         }
+    }
+
+    /// Moves the packets to `whole`, in order, as they go over a wire: superpackets are cut into packets of their own
+    /// ([`PacketBuf::split_into`]), checksums finished. Returns how many packets `whole` got.
+    ///
+    /// It ends when `whole` is full or no buffer is free; what is left stays, for the next call. A packet that does not fit what was said of it
+    /// any more ([`PacketBuf::meta`]) is discarded and counted.
+    ///
+    /// ```
+    /// # use tun_driver::Batch;
+    /// # fn encrypt(_: &mut [u8]) {}
+    /// fn all(received: &mut Batch, whole: &mut Batch) {
+    ///     while received.split_into(whole) > 0 {
+    ///         whole.iter_mut().for_each(|packet| encrypt(packet));
+    ///         // … and send them
+    ///         whole.clear();
+    ///     }
+    /// }
+    /// ```
+    pub fn split_into(&mut self, whole: &mut Batch) -> usize {
+        let before = whole.len();
+        let over = Cell::new(whole.is_full());
+        let mut rest = None;
+        for mut packet in self.packets.extract_if(.., |_| !over.get()) {
+            let was_superpacket = packet.is_superpacket();
+            let split = if was_superpacket {
+                packet.split_into(whole).map(drop)
+            } else {
+                packet.finish_checksum()
+            };
+            if split.is_err() {
+                packet.arena().count_discarded(1);
+            } else if packet.is_superpacket() {
+                rest = Some(packet);
+                over.set(true);
+            } else if !was_superpacket {
+                let _ = whole.push(packet);
+            }
+            over.set(over.get() || whole.is_full());
+        }
+        if let Some(rest) = rest {
+            self.packets.insert(0, rest);
+        }
+        whole.len() - before
+    }
+
+    /// Drops the packets whose places are marked.
+    pub(crate) fn consume_marked(&mut self, marked: &[bool]) {
+        let mut place = 0;
+        self.packets.retain(|_| {
+            place += 1;
+            !marked.get(place - 1).is_some_and(|&marked| marked)
+        });
     }
 
     /// Drops the first `count` packets: the kernel has taken them, or refused them and that was counted.

@@ -11,6 +11,7 @@ mod arena;
 mod batch;
 mod packet;
 mod remote;
+mod shape;
 
 pub use arena::leaked_arenas;
 pub(crate) use arena::{
@@ -19,3 +20,4 @@ pub(crate) use arena::{
 pub use batch::{Batch, Drain};
 pub use packet::{NoRoom, PacketBuf};
 pub use remote::RemoteBuf;
+pub(crate) use shape::Shape;

@@ -7,7 +7,11 @@ use std::ops::{Deref, DerefMut};
 use std::rc::Rc;
 
 use super::arena::{Account, Arena, HIDDEN_RESERVE, SizeClass};
+use super::batch::Batch;
 use super::remote::RemoteBuf;
+use super::shape::Shape;
+use crate::offload::vnet::finish;
+use crate::offload::{Gso, Meta, Plan, Segments, VnetFault, VnetHdr};
 
 /// One packet: a range of a slot of its worker's arena.
 ///
@@ -38,6 +42,7 @@ pub struct PacketBuf {
     start: u32,
     len: u32,
     peer: Option<SocketAddr>,
+    shape: Shape,
 }
 
 /// A packet has not that much headroom or tailroom left.
@@ -64,6 +69,7 @@ impl PacketBuf {
             start,
             len,
             peer: None,
+            shape: Shape::Plain,
         }
     }
 
@@ -76,6 +82,7 @@ impl PacketBuf {
             start,
             len,
             peer,
+            shape,
         } = parts;
         Self {
             arena: Rc::clone(arena),
@@ -85,7 +92,16 @@ impl PacketBuf {
             start,
             len,
             peer,
+            shape,
         }
+    }
+
+    /// A packet that was received: what the driver's header said of it was checked.
+    #[inline]
+    pub(crate) fn shaped(arena: &Rc<Arena>, slot: u32, len: u32, shape: Shape) -> Self {
+        let mut packet = Self::whole_slot(arena, slot, len);
+        packet.shape = shape;
+        packet
     }
 
     /// A copy in a small slot that is charged to `account`. `None` if it has no right to one, or the bytes are too long.
@@ -115,6 +131,208 @@ impl PacketBuf {
     pub(crate) fn keep_for_ever(&self) {
         self.arena.add_view(self.slot);
         super::arena::leak_memory(self.arena.shared());
+    }
+
+    #[inline]
+    pub(crate) fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// Takes over what is said of a packet that this is a copy of.
+    pub(crate) fn copy_shape(&mut self, shape: Shape, start: u32) {
+        self.shape = shape.moved(start, self.start);
+    }
+
+    /// Where the packet begins in its slot.
+    #[inline]
+    pub(crate) fn start(&self) -> u32 {
+        self.start
+    }
+
+    /// The slot's number and class, for what is registered with a ring.
+    #[inline]
+    pub(crate) fn class(&self) -> SizeClass {
+        self.arena.class_of(self.slot)
+    }
+
+    /// Puts the driver's header right in front of the packet, where it leaves alone what belongs to others. Returns where header and packet lie.
+    /// `None` if there is no room: the packet is the rest of another one.
+    #[inline]
+    pub(crate) fn with_vnet_hdr(&mut self, header: VnetHdr) -> Option<&[u8]> {
+        const LEN: u32 = VnetHdr::LEN as u32;
+        // In front of a slot's first view is the hidden reserve, which is longer.
+        if self.start - self.low < LEN && self.low != HIDDEN_RESERVE as u32 {
+            return None;
+        }
+        let at = self.arena.address(self.slot, self.start - LEN);
+        // SAFETY: the bytes from `start - LEN` to `start` are this view's own headroom, or the hidden reserve of a slot whose first view this is;
+        // `start..start + len` is the packet. `&mut self` makes it the only access.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), (LEN + self.len) as usize) };
+        bytes[..VnetHdr::LEN].copy_from_slice(&header.to_bytes());
+        Some(bytes)
+    }
+
+    /// What is still to be done with the packet: nothing, a checksum, or cutting. Packets of devices without offloads are
+    /// [`Meta::Plain`].
+    ///
+    /// It stays right while headers are taken off the front or put there. What stands in front of the IP header of a superpacket comes in front of
+    /// each of its segments.
+    ///
+    /// Whoever changes addresses or ports of an unfinished packet or a superpacket has to correct its checksum field all the same
+    /// ([`offload::checksum::update`](crate::offload::checksum::update) takes the complement of what the field holds).
+    ///
+    /// # Errors
+    /// What was said of the packet when it came does not fit it any more: it was cut shorter or longer, or its headers were overwritten. A port
+    /// refuses to send it. [`set_meta`](Self::set_meta) tells otherwise.
+    #[inline]
+    pub fn meta(&self) -> Result<Meta, VnetFault> {
+        self.shape.meta(self, self.start)
+    }
+
+    /// Says what is still to be done with the packet. [`Meta::Gso`] makes a superpacket of it; its checksum field has to hold the sum over the
+    /// pseudo-header then.
+    ///
+    /// # Errors
+    /// It does not fit the packet; nothing is changed then.
+    pub fn set_meta(&mut self, meta: Meta) -> Result<(), VnetFault> {
+        let shape = Shape::of(&meta, self.start);
+        shape.meta(self, self.start)?;
+        self.shape = shape;
+        Ok(())
+    }
+
+    /// Whether it is to be cut into segments: up to 64 KiB of TCP or UDP behind one set of headers.
+    #[inline]
+    pub fn is_superpacket(&self) -> bool {
+        self.shape.is_gso()
+    }
+
+    /// Writes the packet's checksum if it was left to be finished. Superpackets are left as they are: their segments get theirs as they are cut.
+    ///
+    /// # Errors
+    /// As [`meta`](Self::meta).
+    #[inline]
+    pub fn finish_checksum(&mut self) -> Result<(), VnetFault> {
+        if let Shape::Unfinished { .. } = self.shape
+            && let Meta::Unfinished { start, field } = self.meta()?
+        {
+            finish(self, start, field);
+            self.shape = Shape::Plain;
+        }
+        Ok(())
+    }
+
+    /// Lends the packets that this one stands for, one after another, each whole and with its checksums: the segments of a superpacket, or just
+    /// the packet. Nothing is copied but headers, which are written over the payload of the segments before; so each is to be done with before
+    /// the next, and the packet is of no use afterwards.
+    ///
+    /// # Errors
+    /// As [`meta`](Self::meta).
+    ///
+    /// ```
+    /// # fn example(mut packet: tun_driver::PacketBuf) -> Result<(), tun_driver::offload::VnetFault> {
+    /// let mut segments = packet.segments()?;
+    /// while let Some(segment) = segments.next() {
+    ///     println!("{} bytes", segment.len()); // encrypt it into a buffer, count it, …
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn segments(&mut self) -> Result<Segments<'_>, VnetFault> {
+        self.finish_checksum()?;
+        match self.gso()? {
+            Some(gso) => Segments::new(&gso, self),
+            None => Ok(Segments::whole(self)),
+        }
+    }
+
+    /// Takes segments off the front of a superpacket and puts them into the batch as packets of their own, each with the worker's headroom and
+    /// tailroom and this packet's peer. Returns how many.
+    ///
+    /// It ends when the batch is full or no buffer is free, and what is left stays a superpacket, for the next call or to be sent; it is empty once
+    /// all are out. [`Batch::split_into`] does it for all packets of a batch.
+    ///
+    /// # Errors
+    /// As [`meta`](Self::meta). Nothing is taken from a packet that is no superpacket: 0.
+    pub fn split_into(&mut self, batch: &mut Batch) -> Result<usize, VnetFault> {
+        let Some(plan) = self.plan()? else { return Ok(0) };
+        let mut count = 0;
+        while !batch.is_full() && count < plan.count() {
+            let Some(mut segment) = self.cut(&plan, count, Account::NONE) else {
+                break;
+            };
+            segment.set_peer(self.peer);
+            count += 1;
+            let _ = batch.push(segment);
+        }
+        self.keep_from(&plan, count);
+        Ok(count)
+    }
+
+    fn gso(&self) -> Result<Option<Gso>, VnetFault> {
+        if !self.is_superpacket() {
+            return Ok(None);
+        }
+        match self.meta()? {
+            Meta::Gso(gso) => Ok(Some(gso)),
+            _ => Ok(None),
+        }
+    }
+
+    /// How it is to be cut, if it is a superpacket.
+    pub(crate) fn plan(&self) -> Result<Option<Plan>, VnetFault> {
+        self.gso()?.map(|gso| Plan::new(&gso, self)).transpose()
+    }
+
+    /// One segment as a packet of its own. `None` if there is no slot for it.
+    #[inline]
+    pub(crate) fn cut(&self, plan: &Plan, index: usize, account: Account) -> Option<Self> {
+        let arena = &self.arena;
+        let class = [SizeClass::Small, SizeClass::Large]
+            .into_iter()
+            .find(|&class| plan.longest() < arena.read_len(class) as usize && arena.available(account, class, 1) > 0)?;
+        let slot = arena.check_out(account, class)?;
+        // As long as it can be, until its length is known.
+        let mut segment = Self::whole_slot(arena, slot, plan.longest() as u32);
+        let payload = plan.header(index, self, &mut segment)?;
+        let (front, payload) = (plan.header_len(), self.get(payload)?);
+        segment.len = (front + payload.len()) as u32;
+        segment[front..].copy_from_slice(payload);
+        Some(segment)
+    }
+
+    /// Makes the first segment of a superpacket in its place, so that the packet is just that, until [`lent_back`](Self::lent_back). Returns what to
+    /// give there.
+    pub(crate) fn lend_first(&mut self, plan: &Plan) -> (u32, Shape) {
+        let whole = (self.len, self.shape);
+        if let Some(segment) = plan.segment(0, self) {
+            let len = segment.len();
+            self.shape = Shape::Plain;
+            self.truncate(len);
+        }
+        whole
+    }
+
+    /// Makes the packet as long as it was. Its headers are still those of the first segment: [`keep_from`](Self::keep_from) mends them.
+    pub(crate) fn lent_back(&mut self, (len, shape): (u32, Shape)) {
+        self.len = len;
+        self.shape = shape;
+    }
+
+    /// Forgets the first `count` segments: what is left is a superpacket, or nothing.
+    pub(crate) fn keep_from(&mut self, plan: &Plan, count: usize) {
+        match plan.keep_from(count, self) {
+            Some(start) => {
+                self.trim_front(start);
+                if let Shape::Gso { network, .. } = &mut self.shape {
+                    *network += start as u32;
+                }
+            }
+            None => {
+                self.shape = Shape::Plain;
+                self.truncate(0);
+            }
+        }
     }
 
     /// Bytes that can be put in front without moving the packet.
@@ -220,7 +438,7 @@ impl PacketBuf {
     /// Takes the first `at` bytes off as a packet of their own, without a copy; `self` keeps the rest.
     ///
     /// The two share the slot: the front part keeps the headroom, the rest keeps the tailroom, and between them there is none. The peer
-    /// address is kept by both.
+    /// address is kept by both. What [`meta`](Self::meta) says stays with the front part, which it no longer fits if this is a superpacket.
     ///
     /// # Panics
     /// If `at` is more than the packet's length.
@@ -240,7 +458,9 @@ impl PacketBuf {
             start: self.start,
             len: at as u32,
             peer: self.peer,
+            shape: self.shape,
         };
+        self.shape = Shape::Plain;
         self.low = cut;
         self.start = cut;
         self.len -= at as u32;
@@ -270,6 +490,7 @@ impl PacketBuf {
             start,
             len,
             peer,
+            shape,
             ..
         } = *this;
         // SAFETY: `this` is never used again, so its reference to the arena is dropped once, here. The view itself (one count of the
@@ -284,6 +505,7 @@ impl PacketBuf {
                 start,
                 len,
                 peer,
+                shape,
             },
         )
     }
@@ -298,6 +520,7 @@ pub(crate) struct Parts {
     pub(crate) start: u32,
     pub(crate) len: u32,
     pub(crate) peer: Option<SocketAddr>,
+    pub(crate) shape: Shape,
 }
 
 impl Deref for PacketBuf {
@@ -347,6 +570,7 @@ impl fmt::Debug for PacketBuf {
             .field("headroom", &self.headroom())
             .field("tailroom", &self.tailroom())
             .field("peer", &self.peer)
+            .field("shape", &self.shape)
             .finish_non_exhaustive()
     }
 }

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use super::arena::Shared;
 use super::packet::Parts;
+use super::shape::Shape;
+use crate::offload::{Meta, VnetFault};
 
 /// A packet that any thread may hold, read and change, made by [`PacketBuf::into_remote`](crate::PacketBuf::into_remote).
 ///
@@ -25,9 +27,10 @@ impl RemoteBuf {
         Self { shared, parts }
     }
 
-    /// Replaces its content, at the usual place. It must have a slot of its own that is long enough.
-    pub(crate) fn refill(&mut self, bytes: &[u8]) {
+    /// Replaces its content, at the usual place, with that of a packet of which `shape` was said when it began at `start` in its slot. It must have a slot of its own that is long enough.
+    pub(crate) fn refill(&mut self, bytes: &[u8], shape: Shape, start: u32) {
         self.parts.start = self.shared.data_offset();
+        self.parts.shape = shape.moved(start, self.parts.start);
         self.parts.len = bytes.len() as u32;
         assert!(
             self.parts.start + self.parts.len <= self.parts.high,
@@ -47,6 +50,19 @@ impl RemoteBuf {
         // SAFETY: `this` is never used again, so its reference is dropped once, here; the view passes to the caller.
         drop(unsafe { std::ptr::read(&this.shared) });
         this.parts
+    }
+
+    /// What is said of it, and where it begins in its slot.
+    pub(crate) fn shape(&self) -> (Shape, u32) {
+        (self.parts.shape, self.parts.start)
+    }
+
+    /// What is still to be done with it; see [`PacketBuf::meta`](crate::PacketBuf::meta).
+    ///
+    /// # Errors
+    /// As there.
+    pub fn meta(&self) -> Result<Meta, VnetFault> {
+        self.parts.shape.meta(self, self.parts.start)
     }
 
     /// The peer address that it carries; see [`PacketBuf::peer`](crate::PacketBuf::peer).

@@ -124,12 +124,20 @@ impl VnetHdr {
         })
     }
 
-    /// For a packet whose checksum was verified.
-    pub(crate) const fn verified() -> Self {
-        Self(virtio_net_hdr {
-            flags: virtio_net_hdr::F_DATA_VALID,
-            ..Self::plain().0
-        })
+    /// What it says that the packet is to be cut into, if it is one of the types that are known.
+    pub(crate) fn kind(&self) -> Option<GsoType> {
+        match self.0.gso_type & !virtio_net_hdr::GSO_ECN {
+            virtio_net_hdr::GSO_TCPV4 => Some(GsoType::Tcp4),
+            virtio_net_hdr::GSO_TCPV6 => Some(GsoType::Tcp6),
+            virtio_net_hdr::GSO_UDP_L4 => Some(GsoType::Udp),
+            _ => None,
+        }
+    }
+
+    /// Whether it says nothing at all, as of most packets.
+    #[inline]
+    pub(crate) fn is_plain(&self) -> bool {
+        self.0.flags == 0 && self.0.gso_type == virtio_net_hdr::GSO_NONE
     }
 
     /// For a superpacket of this shape, whose checksum field holds the sum over the pseudo-header.

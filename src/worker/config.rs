@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::buf::{ArenaConfig, HIDDEN_RESERVE, MOST_ACCOUNTS};
+use super::outgoing::Outbox;
+use crate::buf::{ArenaConfig, HIDDEN_RESERVE, MOST_ACCOUNTS, SizeClass};
 use crate::sys::socket::Datagrams;
 
 /// How a worker is made. All fields have defaults that fit plain packets up to an MTU of 1500.
@@ -22,7 +23,8 @@ pub struct WorkerConfig {
     pub buffers: usize,
     /// Bytes of the longest packet, link header included, that an ordinary buffer must hold.
     pub max_packet: usize,
-    /// Buffers for packets up to 64 KiB, for devices whose MTU is beyond `max_packet`. None by default.
+    /// Buffers for superpackets and for packets beyond `max_packet`, up to 64 KiB each. They take memory from the moment on at which the first port
+    /// needs them: a device with offloads, or with a longer MTU.
     pub large_buffers: usize,
     /// Bytes that can be prepended to a packet as it was received. At least 64; rounded up so that packets begin on a cache line.
     pub headroom: usize,
@@ -40,7 +42,7 @@ impl Default for WorkerConfig {
             backend: None,
             buffers: 1024,
             max_packet: 1536,
-            large_buffers: 0,
+            large_buffers: 128,
             headroom: 96,
             tailroom: 64,
             receive_reserve: 64,
@@ -54,7 +56,8 @@ impl WorkerConfig {
     pub fn memory(&self) -> MemoryBudget {
         let arena = self.arena();
         MemoryBudget {
-            buffers: arena.mapping_len(),
+            buffers: arena.region_len(SizeClass::Small),
+            large_buffers: arena.region_len(SizeClass::Large),
             tables: arena.tables_len(),
             // 64 bytes an entry and its place in the index array, 16 bytes a completion.
             ring: RING_ENTRIES as usize * (64 + 4) + RING_COMPLETIONS as usize * 16,
@@ -89,8 +92,10 @@ pub(super) const DATAGRAMS: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct MemoryBudget {
-    /// The arena: what is registered with the kernel and counts against RLIMIT_MEMLOCK.
+    /// The ordinary buffers: what is registered with the kernel and counts against RLIMIT_MEMLOCK.
     pub buffers: usize,
+    /// The same of the large buffers, once a port needs them.
+    pub large_buffers: usize,
     /// Free lists, view counts, the return queue.
     pub tables: usize,
     /// Submission and completion queue.
@@ -100,9 +105,14 @@ pub struct MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// All of it.
+    /// All of it while no port needs large buffers.
     pub fn total(&self) -> usize {
         self.buffers + self.tables + self.ring + self.scratch
+    }
+
+    /// All of it with a port of a device with offloads, or with a long MTU.
+    pub fn total_with_large_buffers(&self) -> usize {
+        self.total() + self.large_buffers + Outbox::SUPERPACKETS
     }
 }
 
@@ -162,16 +172,21 @@ pub struct BackendReport {
     pub registered_ring: bool,
     /// Ordinary buffers that were granted; fewer than configured under a tight memlock limit.
     pub buffers: usize,
+    /// Large buffers that were granted: 0 until a port needs them, and fewer than configured under a tight memlock limit.
+    pub large_buffers: usize,
+    /// Whether they are registered with the ring.
+    pub registered_large_buffers: bool,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::buf::SizeClass;
 
     #[test]
     fn default_memory_is_small() {
-        assert!(WorkerConfig::default().memory().total() <= 4 << 20);
+        let memory = WorkerConfig::default().memory();
+        assert!(memory.total() <= 4 << 20);
+        assert!(memory.total_with_large_buffers() <= 12 << 20, "{memory:?}");
     }
 
     #[test]

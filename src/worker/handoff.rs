@@ -10,7 +10,7 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::port::{Port, Sent};
 use super::waker::WakeHandle;
-use crate::buf::{Account, Arena, Batch, PacketBuf, RemoteBuf, SizeClass};
+use crate::buf::{Account, Arena, Batch, PacketBuf, RemoteBuf, Shape, SizeClass};
 use crate::error::{PortError, PortErrorKind};
 
 /// The sending end of a hand-off: gives packets to a worker from any one thread. Made by [`Worker::open_handoff`](crate::Worker::open_handoff).
@@ -91,11 +91,12 @@ pub(super) fn new(capacity: usize, longest: usize, waker: WakeHandle) -> (Handof
 impl Handoff {
     /// Gives the packets of the batch to the worker, in order; each is copied once.
     ///
-    /// What was accepted or refused is taken from the front; what remains found no room and may be sent again.
+    /// What was accepted or refused is taken from the front; what remains found no room and may be sent again. Superpackets are cut: they would not
+    /// fit into the buffers that the worker lends.
     pub fn send_many(&mut self, batch: &mut Batch) -> Sent {
         let mut sent = Sent::default();
-        for packet in &*batch {
-            match self.put(packet, packet.peer()) {
+        for packet in &mut *batch {
+            match self.put_packet(packet) {
                 Ok(()) => sent.accepted += 1,
                 Err(error) if error.kind() == PortErrorKind::BadPacket => {
                     sent.refused += 1;
@@ -120,7 +121,7 @@ impl Handoff {
     /// [`PortErrorKind::Backpressure`]: no room, try again later. [`PortErrorKind::BadPacket`]: too long for the worker's buffers.
     /// [`PortErrorKind::Gone`]: the worker ended, or detached the port.
     pub fn send(&mut self, packet: &[u8]) -> Result<(), PortError> {
-        self.put(packet, None)?;
+        self.put(packet, None, Shape::Plain, 0)?;
         self.waker.knock();
         Ok(())
     }
@@ -148,12 +149,40 @@ impl Handoff {
         self.counters
     }
 
-    fn put(&mut self, bytes: &[u8], peer: Option<std::net::SocketAddr>) -> Result<(), PortError> {
+    fn put_packet(&mut self, packet: &mut PacketBuf) -> Result<(), PortError> {
+        let peer = packet.peer();
+        let Ok(plan) = packet.plan() else {
+            self.counters.refused_packets += 1;
+            return Err(PortError::new(PortErrorKind::BadPacket, "handoff", libc::EINVAL));
+        };
+        let Some(plan) = plan else {
+            return self.put(packet, peer, packet.shape(), packet.start());
+        };
+        for index in 0..plan.count() {
+            let Some(segment) = plan.segment(index, packet) else {
+                break;
+            };
+            if let Err(error) = self.put(segment, peer, Shape::Plain, 0) {
+                // What went is with the worker. The rest may be tried again; what is too long is not going to fit.
+                packet.keep_from(&plan, index);
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
+    fn put(
+        &mut self,
+        bytes: &[u8],
+        peer: Option<std::net::SocketAddr>,
+        shape: Shape,
+        start: u32,
+    ) -> Result<(), PortError> {
         self.room_for(bytes.len())?;
         let Ok(mut packet) = self.lent.pop() else {
             return Err(self.no_room());
         };
-        packet.refill(bytes);
+        packet.refill(bytes, shape, start);
         packet.set_peer(peer);
         self.push(packet);
         Ok(())
@@ -246,6 +275,8 @@ pub(super) fn receive(arena: &Rc<Arena>, port: &mut Port, batch: &mut Batch) {
                 break;
             };
             copy.set_peer(packet.peer());
+            let (shape, start) = packet.shape();
+            copy.copy_shape(shape, start);
             drop(end.full.pop());
             copy
         };

@@ -6,6 +6,7 @@ mod canary;
 mod config;
 mod handoff;
 mod moderation;
+mod outgoing;
 mod port;
 mod ring;
 mod single;
@@ -36,6 +37,7 @@ use crate::stats::{Books, Counters, StatsReader, WorkerStats};
 use crate::sys::socket::Datagrams;
 use config::{DATAGRAMS, LONGEST_PAUSE, MOST_PORTS};
 use moderation::Moderation;
+use outgoing::Outbox;
 use port::{Port, Ports};
 use ring::RingBackend;
 use syscalls::SyscallBackend;
@@ -81,6 +83,7 @@ pub struct Worker {
     report: BackendReport,
     /// Buffers to promise to each port.
     reserve: u32,
+    outbox: Outbox,
     /// One packet at a time, for the plain calls.
     single: Batch,
     /// What was in flight has been ended.
@@ -206,6 +209,7 @@ impl Worker {
             cx,
             report,
             reserve,
+            outbox: Outbox::new(),
             single: Batch::with_capacity(1),
             closed: false,
         })
@@ -237,6 +241,14 @@ impl Worker {
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
         let class = self.class_for(&endpoint)?;
+        if class == SizeClass::Large {
+            self.open_large()?;
+        }
+        if let Endpoint::Queue(queue) = &endpoint
+            && queue.vnet_hdr()
+        {
+            self.outbox.expect_superpackets();
+        }
         self.open_port(endpoint, name, class, self.reserve)
     }
 
@@ -252,7 +264,12 @@ impl Worker {
             let detail = format!("a worker has at most {MOST_PORTS} ports; use another worker");
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
+        if class == SizeClass::Large {
+            // For the short ones among its packets; without, these stay where they were received.
+            let _ = self.cx.arena.open_account(index, SizeClass::Small, reserve);
+        }
         if self.cx.arena.open_account(index, class, reserve).is_none() {
+            self.cx.arena.close_account(index);
             let detail =
                 "every buffer is promised to a port or in use; raise WorkerConfig::buffers or lower receive_reserve";
             return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "attach", detail));
@@ -423,9 +440,10 @@ impl Worker {
                 };
             }
         };
+        let (outbox, cx, ports) = (&mut self.outbox, &mut self.cx, &mut self.ports);
         match &mut self.backend {
-            Imp::Ring(ring) => ring.send(&mut self.cx, &mut self.ports, index, batch),
-            Imp::Syscalls(calls) => calls.send(&mut self.cx, &mut self.ports, index, batch),
+            Imp::Ring(ring) => outgoing::send(&mut **ring, outbox, cx, ports, index, batch),
+            Imp::Syscalls(calls) => outgoing::send(calls, outbox, cx, ports, index, batch),
         }
     }
 
@@ -463,7 +481,7 @@ impl Worker {
     pub fn send(&mut self, port: PortId, packet: &[u8]) -> Result<(), PortError> {
         let index = self.ports.check(port)?;
         if packet.len() > self.longest_packet() {
-            self.ports.at(index).tally.refuse(libc::EMSGSIZE);
+            self.ports.at(index).tally.refuse(libc::EMSGSIZE, 1);
             return Err(PortError::new(PortErrorKind::BadPacket, "send", libc::EMSGSIZE));
         }
         let Some(packet) = self.packet_from(packet) else {
@@ -498,6 +516,10 @@ impl Worker {
     fn empty_packet(&self, len: usize) -> Option<PacketBuf> {
         let arena = &self.cx.arena;
         let config = arena.config();
+        if len >= arena.read_len(SizeClass::Small) as usize {
+            // Not registered, unless a port needs them.
+            arena.open_large(config.large_slots);
+        }
         let fits = |class| config.slots(class) > 0 && len < arena.read_len(class) as usize;
         let class = [SizeClass::Small, SizeClass::Large]
             .into_iter()
@@ -530,6 +552,8 @@ impl Worker {
         match self.packet_from(&packet) {
             Some(mut copy) => {
                 copy.set_peer(packet.peer());
+                let (shape, start) = packet.shape();
+                copy.copy_shape(shape, start);
                 Ok(copy)
             }
             None => Err(packet),
@@ -615,13 +639,49 @@ impl Worker {
         clean
     }
 
+    /// Opens the buffers for superpackets and long packets, if they are not yet: registered, if the small ones are and the memlock limit allows.
+    fn open_large(&mut self) -> Result<(), OpenError> {
+        let arena = &self.cx.arena;
+        let wanted = arena.config().large_slots;
+        if let Imp::Ring(ring) = &mut self.backend
+            && ring.has_registered(SizeClass::Small)
+            && !ring.has_registered(SizeClass::Large)
+        {
+            // Once they are in use there is no shrinking.
+            let (mut slots, fewest) = match arena.large_open() {
+                0 => (wanted, FEWEST_LARGE.min(wanted)),
+                open => (open, open),
+            };
+            while slots >= fewest {
+                // SAFETY: as in `open_ring`.
+                #[allow(unsafe_code)]
+                let result = unsafe { ring.register(SizeClass::Large, arena.as_iovec(SizeClass::Large, slots)) };
+                match result {
+                    Ok(()) => {
+                        arena.open_large(slots);
+                        break;
+                    }
+                    Err(error) if error.raw_os_error() == Some(libc::ENOMEM) => slots /= 2,
+                    Err(_) => break,
+                }
+            }
+            self.report.registered_large_buffers = ring.has_registered(SizeClass::Large);
+        }
+        arena.open_large(wanted);
+        self.report.large_buffers = arena.large_open();
+        Ok(())
+    }
+
     /// The smallest class of buffers that holds every packet of the endpoint.
     fn class_for(&self, endpoint: &Endpoint) -> Result<SizeClass, OpenError> {
         let Endpoint::Queue(queue) = endpoint else {
             return Ok(SizeClass::Small);
         };
-        let Some(mtu) = queue.mtu() else {
-            return Ok(SizeClass::Small);
+        let mtu = match queue.mtu() {
+            // It may be switched on later; a superpacket is as long as IP can be.
+            _ if queue.vnet_hdr() => 65_535,
+            Some(mtu) => mtu,
+            None => return Ok(SizeClass::Small),
         };
         // An Ethernet header with one VLAN tag; the packet information.
         let link = if queue.mode() == Mode::Tap { 18 } else { 0 } + if queue.packet_info() { 4 } else { 0 };
@@ -634,7 +694,7 @@ impl Worker {
             return Ok(SizeClass::Large);
         }
         let detail = format!(
-            "packets of {} can be {longest} bytes long, the buffers hold {}; raise WorkerConfig::max_packet, or give large_buffers",
+            "packets of {} can be {longest} bytes long, the buffers hold {}; give WorkerConfig::large_buffers",
             queue.name(),
             self.longest_packet()
         );
@@ -674,6 +734,8 @@ type Opened = (Imp, Arena, BackendReport);
 
 /// Few enough that an arena of them is of little use; below it is better not to register at all.
 const FEWEST_REGISTERED: usize = 64;
+/// The same of those for superpackets.
+const FEWEST_LARGE: usize = 8;
 
 fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> Result<Opened, OpenError> {
     let mut ring = RingBackend::new(waker.as_fd())?;
@@ -683,14 +745,13 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> R
         let arena = new_arena(granted, waker, books)?;
         // SAFETY: a worker keeps the arena until its ring is closed, and leaks it if that could not be drained.
         #[allow(unsafe_code)]
-        match unsafe { ring.register_buffers(arena.as_iovec()) } {
+        match unsafe { ring.register(SizeClass::Small, arena.as_iovec(SizeClass::Small, granted.small_slots)) } {
             Ok(()) => break arena,
             // The memlock limit: a smaller arena may fit below it.
             Err(error)
                 if error.raw_os_error() == Some(libc::ENOMEM) && granted.small_slots / 2 >= FEWEST_REGISTERED =>
             {
                 granted.small_slots /= 2;
-                granted.large_slots /= 2;
             }
             Err(_) => {
                 granted = wanted;
@@ -698,7 +759,8 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> R
             }
         }
     };
-    let why = match (ring.has_registered_buffers(), granted == wanted) {
+    let registered = ring.has_registered(SizeClass::Small);
+    let why = match (registered, granted == wanted) {
         (true, true) => "io_uring is usable".to_owned(),
         (true, false) => format!(
             "io_uring is usable; the memlock limit (ulimit -l) allows {} of {} registered buffers",
@@ -709,9 +771,11 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> R
     let report = BackendReport {
         backend: Backend::IoUring,
         why,
-        registered_buffers: ring.has_registered_buffers(),
+        registered_buffers: registered,
         registered_ring: ring.has_registered_ring(),
         buffers: granted.small_slots,
+        large_buffers: 0,
+        registered_large_buffers: false,
     };
     Ok((Imp::Ring(Box::new(ring)), arena, report))
 }
@@ -729,6 +793,8 @@ fn open_syscalls(
         registered_buffers: false,
         registered_ring: false,
         buffers: config.buffers,
+        large_buffers: 0,
+        registered_large_buffers: false,
     };
     Ok((Imp::Syscalls(SyscallBackend::new(config.wait)), arena, report))
 }

@@ -1,4 +1,5 @@
 //! A port: what a worker serves, with all that it remembers about it.
+#![allow(unsafe_code)]
 
 use std::collections::VecDeque;
 use std::net::UdpSocket;
@@ -9,8 +10,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::burst::{Burst, LONGEST};
 use super::handoff::{self, HandoffEnd};
-use crate::buf::{Account, Arena, Batch, PacketBuf, SizeClass};
+use super::outgoing::OutgoingRules;
+use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::{PortError, PortErrorKind};
+use crate::offload::VnetHdr;
 use crate::queue::Queue;
 use crate::stats::{Counters, PortTally};
 
@@ -133,6 +136,17 @@ impl Sent {
 struct Received {
     slot: u32,
     len: u32,
+    shape: Shape,
+}
+
+/// What became of a read's result.
+pub(super) enum Delivery {
+    /// It is to be filed otherwise.
+    Nothing,
+    /// It is in the batch, with that many bytes.
+    Packet(u32),
+    /// Its header contradicted it.
+    Dropped,
 }
 
 pub(super) struct Port {
@@ -141,6 +155,8 @@ pub(super) struct Port {
     pub(super) fd: RawFd,
     pub(super) account: Account,
     pub(super) class: SizeClass,
+    /// Where reads go in a slot, and how much is offered; the driver's header included.
+    pub(super) read_at: u32,
     pub(super) read_len: u32,
     /// One read (queue) or poll (socket) is in flight in the ring.
     pub(super) armed: bool,
@@ -158,6 +174,9 @@ pub(super) struct Port {
     /// Writes depend on each other, so that back-pressure cannot make one overtake another.
     pub(super) linked: bool,
     pub(super) down: bool,
+    /// What is sent are pieces of one packet, which is counted when they are through.
+    pub(super) cutting: bool,
+    pub(super) outgoing: OutgoingRules,
     pub(super) tally: Arc<PortTally>,
     inbox: VecDeque<Received>,
     /// A permanent end, and whether it was told.
@@ -169,13 +188,15 @@ pub(super) struct Port {
 
 impl Port {
     pub(super) fn new(id: PortId, endpoint: Endpoint, arena: &Arena, class: SizeClass, tally: Arc<PortTally>) -> Self {
+        let outgoing = OutgoingRules::new(&endpoint);
         Self {
             id,
             fd: endpoint.raw_fd(),
-            endpoint,
             account: Account::port(usize::from(id.index)),
             class,
-            read_len: arena.read_len(class),
+            read_len: arena.read_len(class) + if outgoing.vnet { VnetHdr::LEN as u32 } else { 0 },
+            read_at: arena.config().data_offset() as u32 - if outgoing.vnet { VnetHdr::LEN as u32 } else { 0 },
+            endpoint,
             armed: false,
             burst: Burst::default(),
             more: false,
@@ -185,6 +206,8 @@ impl Port {
             announced: false,
             linked: false,
             down: false,
+            cutting: false,
+            outgoing,
             tally,
             // A burst, and the read that was armed before it.
             inbox: VecDeque::with_capacity(LONGEST as usize + 1),
@@ -237,8 +260,9 @@ impl Port {
     pub(super) fn read_ended(&mut self, arena: &Arena, slot: u32, result: i32) -> bool {
         match result {
             len if len > 0 && (len as u32) < self.read_len => {
-                self.inbox.push_back(Received { slot, len: len as u32 });
-                return true;
+                let received = self.examine(arena, slot, len as u32);
+                self.inbox.extend(received);
+                return received.is_some();
             }
             len if len > 0 => self.truncated(),
             0 => {}
@@ -248,16 +272,69 @@ impl Port {
         false
     }
 
-    /// Puts the result of a read straight into the batch, if it is a packet that may go there; the caller counts it. `false`: nothing was
-    /// done.
+    /// Takes the driver's header off what was read, and moves a short packet out of a slot for superpackets. `None` if the header contradicts the
+    /// packet: then the slot was released, and that counted.
     #[inline]
-    pub(super) fn deliver(&mut self, arena: &Rc<Arena>, slot: u32, result: i32, batch: &mut Batch) -> bool {
-        let fits = result > 0 && (result as u32) < self.read_len && self.inbox.is_empty() && !batch.is_full();
-        if fits {
-            // Cannot fail: the batch has room.
-            let _ = batch.push(PacketBuf::whole_slot(arena, slot, result as u32));
+    fn examine(&mut self, arena: &Arena, slot: u32, len: u32) -> Option<Received> {
+        let plain = Received {
+            slot,
+            len,
+            shape: Shape::Plain,
+        };
+        if !self.outgoing.vnet {
+            return Some(plain);
         }
-        fits
+        self.examine_header(arena, plain)
+    }
+
+    fn examine_header(&mut self, arena: &Arena, read: Received) -> Option<Received> {
+        let Received { slot, len, .. } = read;
+        // SAFETY: the slot is checked out for this read, which ended with `len` bytes at `read_at`; nobody else has a view of it yet.
+        let bytes = unsafe { std::slice::from_raw_parts(arena.address(slot, self.read_at).as_ptr(), len as usize) };
+        let shape = bytes
+            .split_first_chunk::<{ VnetHdr::LEN }>()
+            .and_then(|(header, packet)| {
+                let header = VnetHdr::from_bytes(*header);
+                if header.is_plain() {
+                    return (!packet.is_empty()).then_some(Shape::Plain);
+                }
+                let meta = header.check(packet, self.outgoing.link).ok()?;
+                Some(Shape::of(&meta, arena.config().data_offset() as u32))
+            });
+        let Some(shape) = shape else {
+            arena.release(slot);
+            self.tally.bad_headers.add(1);
+            self.notice
+                .get_or_insert(PortError::new(PortErrorKind::BadPacket, "read", libc::EBADMSG));
+            return None;
+        };
+        let len = len - VnetHdr::LEN as u32;
+        if shape.is_gso() {
+            self.tally.received_superpackets.add(1);
+        }
+        let slot = if self.class == SizeClass::Large {
+            arena.move_to_small(self.account, slot, len)
+        } else {
+            slot
+        };
+        Some(Received { slot, len, shape })
+    }
+
+    /// Puts the result of a read straight into the batch, if it is a packet that may go there; the caller counts it.
+    #[inline]
+    pub(super) fn deliver(&mut self, arena: &Rc<Arena>, slot: u32, result: i32, batch: &mut Batch) -> Delivery {
+        let fits = result > 0 && (result as u32) < self.read_len && self.inbox.is_empty() && !batch.is_full();
+        if !fits {
+            return Delivery::Nothing;
+        }
+        match self.examine(arena, slot, result as u32) {
+            Some(Received { slot, len, shape }) => {
+                // Cannot fail: the batch has room.
+                let _ = batch.push(PacketBuf::shaped(arena, slot, len, shape));
+                Delivery::Packet(len)
+            }
+            None => Delivery::Dropped,
+        }
     }
 
     /// A packet filled its buffer: more of it may be lost.
@@ -295,13 +372,13 @@ impl Port {
     pub(super) fn hand_over(&mut self, arena: &Rc<Arena>, batch: &mut Batch) {
         let (mut packets, mut bytes) = (0, 0);
         while !batch.is_full() {
-            let Some(Received { slot, len }) = self.inbox.pop_front() else {
+            let Some(Received { slot, len, shape }) = self.inbox.pop_front() else {
                 break;
             };
             packets += 1;
             bytes += u64::from(len);
             // Cannot fail: the batch has room.
-            let _ = batch.push(PacketBuf::whole_slot(arena, slot, len));
+            let _ = batch.push(PacketBuf::shaped(arena, slot, len, shape));
         }
         if packets > 0 {
             self.tally.received(packets, bytes);
@@ -472,21 +549,45 @@ impl Ports {
     }
 }
 
+/// What a write is, for the books.
+#[derive(Clone, Copy)]
+pub(super) struct Weight {
+    /// What the result says if all of it was taken.
+    pub(super) len: u32,
+    /// Of packets.
+    pub(super) bytes: u64,
+    pub(super) packets: u32,
+}
+
+impl Weight {
+    /// Of one packet.
+    pub(super) fn of(len: usize) -> Self {
+        Self {
+            len: len as u32,
+            bytes: len as u64,
+            packets: 1,
+        }
+    }
+}
+
 /// What became of the packets of one burst, from their results in order: how many from the front are done with.
 ///
 /// A burst of writes that do not depend on each other runs on past a refused one. What was refused before the last accepted packet
 /// cannot be sent again without overtaking, so it is refused for good; behind it, what may be retried stays in the batch.
-pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize) -> usize, results: &[i32]) -> Sent {
+pub(super) fn judge(port: &mut Port, call: &'static str, results: &[i32], weigh: impl Fn(usize) -> Weight) -> Sent {
     let mut sent = Sent::default();
     let behind_last_accepted = results
         .iter()
         .rposition(|&result| result >= 0)
         .map_or(0, |last| last + 1);
     for (index, &result) in results.iter().enumerate() {
-        if result >= 0 && result as usize == lengths(index) {
-            sent.accepted += 1;
-            port.tally.sent_packets.add(1);
-            port.tally.sent_bytes.add(result as u64);
+        let Weight { len, bytes, packets } = weigh(index);
+        // Pieces of a packet are no packets in the books.
+        let counted = if port.cutting { 0 } else { u64::from(packets) };
+        if result >= 0 && result as u32 == len {
+            sent.accepted += packets as usize;
+            port.tally.sent_packets.add(counted);
+            port.tally.sent_bytes.add(bytes);
             port.down = false;
             continue;
         }
@@ -512,9 +613,9 @@ pub(super) fn judge(port: &mut Port, call: &'static str, lengths: impl Fn(usize)
         if index >= behind_last_accepted && (retriable || error.is_permanent()) {
             return sent;
         }
-        sent.refused += 1;
+        sent.refused += packets as usize;
         sent.refusal.get_or_insert(error);
-        port.tally.refuse(errno);
+        port.tally.refuse(errno, counted);
         if error.kind() == PortErrorKind::Down {
             port.down = true;
             sent.stopped = Some(error);
@@ -544,7 +645,7 @@ mod tests {
     }
 
     fn judged(results: &[i32]) -> Sent {
-        judge(&mut port(), "write", |_| 100, results)
+        judge(&mut port(), "write", results, |_| Weight::of(100))
     }
 
     #[test]
@@ -599,7 +700,7 @@ mod tests {
             )
         ) {
             let mut port = port();
-            let sent = judge(&mut port, "write", |_| 100, &results);
+            let sent = judge(&mut port, "write", &results, |_| Weight::of(100));
             let consumed = sent.accepted + sent.refused;
             prop_assert!(consumed <= results.len());
             prop_assert_eq!(sent.accepted, results.iter().filter(|&&result| result == 100).count());

@@ -10,7 +10,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::{Entry, Flags};
@@ -18,17 +17,15 @@ use io_uring::types::{CancelBuilder, Fixed, Timespec};
 use io_uring::{IoUring, Probe, opcode};
 
 use super::Context;
-use super::burst::LONGEST;
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
-use super::port::{Endpoint, Port, Ports, Sent, judge};
+use super::outgoing::{Outbox, Writer};
+use super::port::{Delivery, Endpoint, Port, Ports};
 use super::{handoff, udp};
-use crate::buf::Batch;
+use crate::buf::{Batch, SizeClass};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 use crate::sys::uring::RingHandle;
 use crate::sys::{host, tun};
 
-/// The arena is registered as one buffer.
-const ARENA: u16 = 0;
 /// The doorbell's place among the registered files; port `k` has place `k + 1`.
 const DOORBELL: u32 = 0;
 
@@ -40,7 +37,8 @@ const ENTER_TRIES: u32 = 100;
 pub(super) struct RingBackend {
     ring: IoUring,
     handle: RingHandle,
-    registered_buffers: bool,
+    /// Whether the slots of a class are registered, as the buffer of the class's number.
+    registered: [bool; 2],
     books: Books,
     /// The ring cannot be entered any more: the errno.
     broken: Option<i32>,
@@ -141,6 +139,66 @@ pub(super) fn lacks() -> Result<(), String> {
     Err("this kernel's tun driver serves a ring only by blocking; 6.4 and later do without".to_owned())
 }
 
+impl Writer for RingBackend {
+    fn fault(&self) -> Option<PortError> {
+        self.broken.map(|_| self.broken_error())
+    }
+
+    fn perform(
+        &mut self,
+        cx: &mut Context,
+        ports: &mut Ports,
+        index: usize,
+        outbox: &mut Outbox,
+    ) -> Result<(), PortError> {
+        let port = ports.at(index);
+        let (file, count) = (Fixed(index as u32 + 1), outbox.writes.len());
+        let mut linked = port.linked;
+        for (place, write) in outbox.writes.iter().enumerate() {
+            port.tally.foreign_sent.add(u64::from(write.foreign));
+            let registered = write.class.filter(|&class| self.registered[class as usize]);
+            let (at, len, flags) = (write.at, write.len, libc::RWF_NOWAIT);
+            let entry = match (write.parts, registered) {
+                (0, Some(class)) => opcode::WriteFixed::new(file, at, len, class as u16)
+                    .offset(u64::MAX)
+                    .rw_flags(flags)
+                    .build(),
+                (0, None) => opcode::Write::new(file, at, len)
+                    .offset(u64::MAX)
+                    .rw_flags(flags)
+                    .build(),
+                (parts, _) => opcode::Writev::new(file, at.cast(), parts)
+                    .offset(u64::MAX)
+                    .rw_flags(flags)
+                    .build(),
+            };
+            // Nothing overtakes a superpacket that is refused.
+            linked |= write.kind.is_some();
+            let link = if linked && place + 1 < count {
+                Flags::IO_LINK
+            } else {
+                Flags::empty()
+            };
+            self.books.results[place] = PENDING;
+            self.books.sending += 1;
+            let entry = entry.flags(link);
+            self.push(&entry.user_data(Tag::of(Tag::WRITE, port.id.index, place as u32)));
+        }
+        port.tally.system_calls.add(1);
+        self.enter(0, linked, None);
+        self.reap(cx, ports);
+        while self.books.sending > 0 && self.broken.is_none() {
+            self.enter(1, true, None);
+            self.reap(cx, ports);
+        }
+        outbox.results[..count].copy_from_slice(&self.books.results[..count]);
+        match self.broken {
+            None => Ok(()),
+            Some(_) => Err(self.broken_error()),
+        }
+    }
+}
+
 impl RingBackend {
     /// A ring for the calling thread.
     pub(super) fn new(doorbell: BorrowedFd<'_>) -> Result<Self, OpenError> {
@@ -186,7 +244,7 @@ impl RingBackend {
         Ok(Self {
             ring,
             handle,
-            registered_buffers: false,
+            registered: [false; 2],
             books: Books {
                 doorbell_armed: false,
                 outstanding: 0,
@@ -197,19 +255,27 @@ impl RingBackend {
         })
     }
 
-    /// Registers the arena's memory.
+    /// Registers the memory of a class of slots.
     ///
     /// # Safety
     /// The memory stays mapped until this backend is gone, or is leaked by whoever finds that it was not drained.
-    pub(super) unsafe fn register_buffers(&mut self, arena: libc::iovec) -> io::Result<()> {
+    pub(super) unsafe fn register(&mut self, class: SizeClass, memory: libc::iovec) -> io::Result<()> {
+        let submitter = self.ring.submitter();
+        if self.registered == [false; 2] {
+            // Before the first; EBUSY after a first that failed.
+            match submitter.register_buffers_sparse(2) {
+                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Err(error),
+                _ => {}
+            }
+        }
         // SAFETY: as the caller says.
-        unsafe { self.ring.submitter().register_buffers(&[arena]) }?;
-        self.registered_buffers = true;
+        unsafe { submitter.register_buffers_update(class as u32, &[memory], None) }?;
+        self.registered[class as usize] = true;
         Ok(())
     }
 
-    pub(super) fn has_registered_buffers(&self) -> bool {
-        self.registered_buffers
+    pub(super) fn has_registered(&self, class: SizeClass) -> bool {
+        self.registered[class as usize]
     }
 
     pub(super) fn has_registered_ring(&self) -> bool {
@@ -449,9 +515,9 @@ impl RingBackend {
 
     fn read_entry(&self, cx: &Context, port: &Port, slot: u32, flags: i32) -> Entry {
         let file = Fixed(u32::from(port.id.index) + 1);
-        let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32).as_ptr();
-        if self.registered_buffers {
-            opcode::ReadFixed::new(file, at, port.read_len, ARENA)
+        let at = cx.arena.address(slot, port.read_at).as_ptr();
+        if self.registered[port.class as usize] {
+            opcode::ReadFixed::new(file, at, port.read_len, port.class as u16)
                 .offset(u64::MAX)
                 .rw_flags(flags)
                 .build()
@@ -461,86 +527,6 @@ impl RingBackend {
                 .rw_flags(flags)
                 .build()
         }
-    }
-
-    /// Sends from the front of the batch to a queue.
-    pub(super) fn send(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> Sent {
-        let port = ports.at(index);
-        match port.endpoint {
-            Endpoint::Queue(_) => {}
-            Endpoint::Udp(_) => return udp::send(cx, port, batch),
-            Endpoint::Handoff(_) => return Sent::one_way(),
-        }
-        let mut total = Sent::default();
-        while !batch.is_empty() && total.stopped.is_none() {
-            let port = ports.at(index);
-            if let Some(gone) = port.gone() {
-                total.stopped = Some(gone);
-                break;
-            }
-            if self.broken.is_some() {
-                total.stopped = Some(self.broken_error());
-                break;
-            }
-            // A device that was down is tried with one packet: each that it refuses costs as much as one that it takes.
-            let count = if port.down {
-                1
-            } else {
-                batch.len().min(LONGEST as usize)
-            };
-            let file = Fixed(index as u32 + 1);
-            for (place, packet) in batch[..count].iter_mut().enumerate() {
-                let registered = self.registered_buffers && packet.is_home(&cx.arena);
-                port.tally.foreign_sent.add(u64::from(!packet.is_home(&cx.arena)));
-                let (at, len) = (
-                    NonNull::from(&mut packet[..]).cast::<u8>().as_ptr().cast_const(),
-                    packet.len() as u32,
-                );
-                let entry = if registered {
-                    opcode::WriteFixed::new(file, at, len, ARENA)
-                        .offset(u64::MAX)
-                        .rw_flags(libc::RWF_NOWAIT)
-                        .build()
-                } else {
-                    opcode::Write::new(file, at, len)
-                        .offset(u64::MAX)
-                        .rw_flags(libc::RWF_NOWAIT)
-                        .build()
-                };
-                let linked = if port.linked && place + 1 < count {
-                    Flags::IO_LINK
-                } else {
-                    Flags::empty()
-                };
-                self.books.results[place] = PENDING;
-                self.books.sending += 1;
-                self.push(
-                    &entry
-                        .flags(linked)
-                        .user_data(Tag::of(Tag::WRITE, port.id.index, place as u32)),
-                );
-            }
-            port.tally.system_calls.add(1);
-            self.enter(0, port.linked, None);
-            self.reap(cx, ports);
-            while self.books.sending > 0 && self.broken.is_none() {
-                self.enter(1, true, None);
-                self.reap(cx, ports);
-            }
-            if self.broken.is_some() {
-                // The kernel may still read these: they are kept for good.
-                for packet in &batch[..count] {
-                    packet.keep_for_ever();
-                }
-                total.stopped = Some(self.broken_error());
-                break;
-            }
-            let port = ports.at(index);
-            let sent = judge(port, "write", |place| batch[place].len(), &self.books.results[..count]);
-            batch.consume_front(sent.accepted + sent.refused);
-            total.add(sent);
-        }
-        total
     }
 
     /// Waits until a port is ready, the deadline, or the doorbell. Spurious returns are possible.
@@ -724,12 +710,22 @@ impl RingBackend {
         for completion in &mut completions {
             let (tag, result) = (Tag(completion.user_data()), completion.result());
             let burst = tag.0 >> 32 == Tag::of(Tag::BURST, index as u16, 0) >> 32;
-            if burst && ports.at(index).deliver(&cx.arena, tag.value(), result, batch) {
-                self.books.outstanding -= 1;
-                packets += 1;
-                bytes += result as u64;
+            let delivery = if burst {
+                ports.at(index).deliver(&cx.arena, tag.value(), result, batch)
             } else {
-                got += u32::from(self.books.file(cx, ports, &completion) && burst);
+                Delivery::Nothing
+            };
+            match delivery {
+                Delivery::Packet(len) => {
+                    self.books.outstanding -= 1;
+                    packets += 1;
+                    bytes += u64::from(len);
+                }
+                Delivery::Dropped => {
+                    self.books.outstanding -= 1;
+                    got += 1;
+                }
+                Delivery::Nothing => got += u32::from(self.books.file(cx, ports, &completion) && burst),
             }
         }
         if packets > 0 {
@@ -743,7 +739,7 @@ impl RingBackend {
         let idle = self.cancel_all(cx, ports);
         // The devices are held by the ring until then, and ring teardown is asynchronous.
         let _ = self.ring.submitter().unregister_files();
-        if self.registered_buffers {
+        if self.registered != [false; 2] {
             let _ = self.ring.submitter().unregister_buffers();
         }
         idle

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use super::Context;
 use super::config::Wait;
-use super::port::{Endpoint, Ports, Sent, judge};
+use super::outgoing::{Outbox, Writer};
+use super::port::Ports;
 use super::{handoff, udp};
 use crate::buf::Batch;
 use crate::error::PortError;
@@ -21,6 +22,51 @@ pub(super) struct SyscallBackend {
     polled: Vec<usize>,
     /// A pause ends when it should, not up to 50 µs later.
     _slack: Option<TimerSlack>,
+}
+
+impl Writer for SyscallBackend {
+    fn fault(&self) -> Option<PortError> {
+        None
+    }
+
+    fn perform(
+        &mut self,
+        _cx: &mut Context,
+        ports: &mut Ports,
+        index: usize,
+        outbox: &mut Outbox,
+    ) -> Result<(), PortError> {
+        let port = ports.at(index);
+        let mut over = false;
+        for (write, result) in outbox.writes.iter().zip(&mut outbox.results) {
+            if over {
+                *result = -libc::ECANCELED;
+                continue;
+            }
+            port.tally.foreign_sent.add(u64::from(write.foreign));
+            *result = loop {
+                port.tally.system_calls.add(1);
+                // SAFETY: the outbox names bytes of packets of the batch that is being sent, and iovecs and headers of its own; none of them is touched
+                // until this returns.
+                let result = unsafe {
+                    match write.parts {
+                        0 => fd::write_raw(port.fd, write.at, write.len as usize),
+                        parts => fd::write_parts(port.fd, write.at.cast(), parts as usize),
+                    }
+                };
+                match result {
+                    Ok(len) => break len as i32,
+                    Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
+                        libc::EINTR => {}
+                        errno => break -errno,
+                    },
+                }
+            };
+            // A packet that is bad by itself stands in nobody's way.
+            over = *result < 0 && (write.kind.is_some() || *result != -libc::EINVAL);
+        }
+        Ok(())
+    }
 }
 
 impl SyscallBackend {
@@ -68,38 +114,6 @@ impl SyscallBackend {
                 .unwrap_or(Ok(()))
                 .map_err(|error| PortError::from_errno("ppoll", error.raw_os_error().unwrap_or(libc::EIO)))?;
         }
-    }
-
-    /// Sends from the front of the batch.
-    pub(super) fn send(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> Sent {
-        let port = ports.at(index);
-        match port.endpoint {
-            Endpoint::Queue(_) => {}
-            Endpoint::Udp(_) => return udp::send(cx, port, batch),
-            Endpoint::Handoff(_) => return Sent::one_way(),
-        }
-        let mut total = Sent::default();
-        while total.accepted + total.refused < batch.len() && total.stopped.is_none() {
-            if let Some(gone) = port.gone() {
-                total.stopped = Some(gone);
-                break;
-            }
-            let packet = &batch[total.accepted + total.refused];
-            port.tally.system_calls.add(1);
-            port.tally.foreign_sent.add(u64::from(!packet.is_home(&cx.arena)));
-            let result = match fd::write(port.fd, packet) {
-                Ok(len) => len as i32,
-                Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
-            };
-            if result == -libc::EINTR {
-                continue;
-            }
-            let len = packet.len();
-            let sent = judge(port, "write", |_| len, &[result]);
-            total.add(sent);
-        }
-        batch.consume_front(total.accepted + total.refused);
-        total
     }
 
     /// Waits until a port is ready, the deadline, or the doorbell. Spurious returns are possible.
@@ -230,7 +244,7 @@ fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &m
         let Some(slot) = cx.arena.check_out(port.account, port.class) else {
             return port.starved();
         };
-        let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32);
+        let at = cx.arena.address(slot, port.read_at);
         port.tally.system_calls.add(1);
         // SAFETY: the slot was just checked out, so nobody else has these bytes; `read_len` of them are there.
         let result = match unsafe { fd::read_raw(port.fd, at, port.read_len as usize) } {

@@ -3,7 +3,7 @@
 
 use super::Context;
 use super::burst::LONGEST;
-use super::port::{Port, Sent, judge};
+use super::port::{Port, Sent, Weight, judge};
 use crate::buf::{Batch, PacketBuf};
 
 /// Socket errors that tell of an earlier datagram (ICMP): they are taken note of and the call is made again, that often.
@@ -76,10 +76,9 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
     port.more = true;
 }
 
-/// Sends from the front of the batch. Never blocks.
-pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut Batch) -> Sent {
-    let mut total = Sent::default();
-    while !batch.is_empty() && total.stopped.is_none() {
+/// Sends the packets, at most [`LONGEST`] of them. Never blocks.
+pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -> Sent {
+    {
         let count = batch.len().min(cx.datagrams.capacity()).min(LONGEST as usize);
         for (index, packet) in batch[..count].iter_mut().enumerate() {
             let (len, peer) = (packet.len(), packet.peer());
@@ -112,9 +111,8 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut Batch) -> Sent
                 },
             }
         }
-        let sent = judge(port, "sendmmsg", |index| batch[index].len(), &results[..count]);
-        batch.consume_front(sent.accepted + sent.refused);
-        total.add(sent);
+        judge(port, "sendmmsg", &results[..count], |index| {
+            Weight::of(batch[index].len())
+        })
     }
-    total
 }

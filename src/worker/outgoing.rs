@@ -1,0 +1,636 @@
+//! What goes out of a port, the same for both backends: which packets may go as they are, which are merged into superpackets, which are cut.
+//!
+//! | packet | to a queue with offloads | elsewhere |
+//! |---|---|---|
+//! | plain | with an empty header; runs of a flow merged, one gathered write each | as it is |
+//! | unfinished | with its header | finished |
+//! | superpacket | with its header, if granted and not refused before; else cut | cut |
+//!
+//! The kernel may refuse a superpacket that another one would take. So nothing is written behind one before it was taken (the writes are linked),
+//! and a refused one goes again in pieces, in its place.
+use std::rc::Rc;
+
+use super::Context;
+use super::burst::LONGEST;
+use super::port::{Endpoint, Ports, Sent, Weight, judge};
+use super::udp;
+use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
+use crate::error::PortError;
+use crate::offload::coalesce::HEADERS_MAX;
+use crate::offload::headers::{self, Headers};
+use crate::offload::{GroTable, GsoType, Limits, Link, Meta, Offloads, Trust, VnetHdr};
+
+/// Packets that are looked at together, for merging.
+pub(super) const WINDOW: usize = 128;
+
+/// Refusals of one kind in a row, after which it is not tried again on this port.
+const REFUSALS: u32 = 16;
+
+/// Writes of one burst, and what they are made of. Allocated once; the part for gathered writes when the first port with offloads comes.
+pub(super) struct Outbox {
+    pub(super) writes: Vec<Write>,
+    /// Their results, by place: what was written, or an errno below zero.
+    pub(super) results: Box<[i32]>,
+    /// Places in the batch of the packets of each write, one write after another.
+    members: Vec<u8>,
+    gather: Option<Box<Gather>>,
+    segments: Batch,
+}
+
+/// One write: a packet, or several gathered into one.
+#[derive(Clone, Copy)]
+pub(super) struct Write {
+    /// The bytes; of a gathered write, the iovecs.
+    pub(super) at: *const u8,
+    /// Of the bytes, all together.
+    pub(super) len: u32,
+    /// How many iovecs; 0: the bytes as they are.
+    pub(super) parts: u32,
+    /// The registered memory that the bytes lie in.
+    pub(super) class: Option<SizeClass>,
+    /// The driver's header, if it says that this is a superpacket.
+    pub(super) kind: Option<GsoType>,
+    /// Not of this worker's arena.
+    pub(super) foreign: bool,
+    /// Packets in it.
+    packets: u32,
+}
+
+/// What gathered writes are made of.
+struct Gather {
+    table: GroTable,
+    /// The driver's header and the superpacket's, one for each write.
+    headers: [[u8; VnetHdr::LEN + HEADERS_MAX]; LONGEST as usize],
+    parts: Vec<libc::iovec>,
+}
+
+/// Performs writes on a queue.
+pub(super) trait Writer {
+    /// Why nothing can be written any more.
+    fn fault(&self) -> Option<PortError>;
+
+    /// Performs all writes of the outbox in order, and puts down their results. What is behind one that stands in the way of others is ECANCELED.
+    ///
+    /// # Errors
+    /// The kernel may still read what was to be written.
+    fn perform(
+        &mut self,
+        cx: &mut Context,
+        ports: &mut Ports,
+        index: usize,
+        outbox: &mut Outbox,
+    ) -> Result<(), PortError>;
+}
+
+/// What a port does with superpackets.
+pub(super) struct OutgoingRules {
+    /// A driver's header is in front of each packet.
+    pub(super) vnet: bool,
+    pub(super) link: Link,
+    /// What goes as it is.
+    pub(super) pass: Offloads,
+    pub(super) merge_tcp: bool,
+    pub(super) merge_udp: bool,
+    pub(super) verify: bool,
+    /// Refusals in a row: TCP over IPv4, over IPv6, UDP.
+    refusals: [u32; 3],
+}
+
+impl OutgoingRules {
+    pub(super) fn new(endpoint: &Endpoint) -> Self {
+        let (vnet, link, pass) = match endpoint {
+            Endpoint::Queue(queue) => {
+                let link = match queue.mode() {
+                    crate::Mode::Tun => Link::None,
+                    crate::Mode::Tap => Link::Ethernet,
+                };
+                (queue.vnet_hdr(), link, queue.offloads())
+            }
+            _ => (false, Link::None, Offloads::none()),
+        };
+        Self {
+            vnet,
+            link,
+            pass,
+            merge_tcp: true,
+            merge_udp: true,
+            verify: true,
+            refusals: [0; 3],
+        }
+    }
+
+    pub(super) fn passes(&self, kind: GsoType) -> bool {
+        self.pass.contains(offload_of(kind))
+    }
+
+    /// What may be merged; `None` for nothing.
+    fn limits(&self) -> Option<Limits> {
+        if !self.vnet {
+            return None;
+        }
+        let tcp = self.merge_tcp && (self.passes(GsoType::Tcp4) || self.passes(GsoType::Tcp6));
+        let udp = self.merge_udp && self.passes(GsoType::Udp);
+        (tcp || udp).then(|| Limits {
+            tcp,
+            udp,
+            verify: self.verify,
+            ..Limits::default()
+        })
+    }
+
+    fn refused(&mut self, kind: GsoType) {
+        let count = &mut self.refusals[kind as usize];
+        *count += 1;
+        if *count >= REFUSALS {
+            self.pass = self.pass - offload_of(kind);
+        }
+    }
+
+    fn taken(&mut self, kind: GsoType) {
+        self.refusals[kind as usize] = 0;
+    }
+}
+
+fn offload_of(kind: GsoType) -> Offloads {
+    match kind {
+        GsoType::Tcp4 => Offloads::TSO4,
+        GsoType::Tcp6 => Offloads::TSO6,
+        GsoType::Udp => Offloads::USO,
+    }
+}
+
+impl Outbox {
+    /// Bytes that [`expect_superpackets`](Self::expect_superpackets) takes, roughly: the headers, the iovecs, the table.
+    pub(super) const SUPERPACKETS: usize =
+        size_of::<Gather>() + (WINDOW + LONGEST as usize) * size_of::<libc::iovec>() + WINDOW * 256;
+
+    pub(super) fn new() -> Self {
+        Self {
+            writes: Vec::with_capacity(LONGEST as usize),
+            results: vec![0; LONGEST as usize].into(),
+            members: Vec::with_capacity(WINDOW),
+            gather: None,
+            segments: Batch::with_capacity(0),
+        }
+    }
+
+    /// Makes room for what ports need that cut, merge, or put headers in front.
+    pub(super) fn expect_superpackets(&mut self) {
+        if self.gather.is_none() {
+            self.segments = Batch::with_capacity(LONGEST as usize);
+            self.gather = Some(Box::new(Gather {
+                table: GroTable::new(WINDOW, Limits::default()),
+                headers: [[0; VnetHdr::LEN + HEADERS_MAX]; LONGEST as usize],
+                // Each write has a header, and each packet is in one.
+                parts: Vec::with_capacity(WINDOW + LONGEST as usize),
+            }));
+        }
+    }
+
+    /// The kernel may still read from it.
+    fn keep_for_ever(&mut self, batch: &[PacketBuf]) {
+        batch.iter().for_each(PacketBuf::keep_for_ever);
+        std::mem::forget(self.gather.take());
+    }
+}
+
+/// What can be done with the front of a batch.
+enum Next {
+    /// That many packets can go as they are.
+    Run(usize),
+    /// The first one has to be cut.
+    Cut,
+    /// The first one contradicts what was said of it.
+    Refuse,
+}
+
+/// How the last run ended, so that the next one does better.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Again {
+    /// No difference.
+    Same,
+    /// The kernel refused the superpacket that stands in front: cut it.
+    Cut,
+    /// It refused one that was merged: send its packets as they are.
+    Unmerged,
+}
+
+/// Sends from the front of the batch.
+pub(super) fn send(
+    writer: &mut impl Writer,
+    outbox: &mut Outbox,
+    cx: &mut Context,
+    ports: &mut Ports,
+    index: usize,
+    batch: &mut Batch,
+) -> Sent {
+    let mut total = Sent::default();
+    let mut again = Again::Same;
+    if let Endpoint::Handoff(_) = ports.at(index).endpoint {
+        return Sent::one_way();
+    }
+    while !batch.is_empty() && total.stopped.is_none() {
+        let port = ports.at(index);
+        if let Some(error) = port.gone().or_else(|| writer.fault()) {
+            total.stopped = Some(error);
+            break;
+        }
+        match next(&port.outgoing, batch, again == Again::Cut) {
+            Next::Run(count) => {
+                let merge = again != Again::Unmerged;
+                let sent = run(writer, outbox, cx, ports, index, batch, count, merge, &mut again);
+                outbox.consume(batch, sent.accepted + sent.refused);
+                total.add(sent);
+            }
+            Next::Cut => {
+                let refused = again == Again::Cut;
+                again = Again::Same;
+                total.add(cut(writer, outbox, cx, ports, index, batch, refused));
+            }
+            Next::Refuse => {
+                let error = PortError::from_errno("meta", libc::EINVAL);
+                port.tally.refuse(libc::EINVAL, 1);
+                batch.consume_front(1);
+                total.add(Sent {
+                    refused: 1,
+                    refusal: Some(error),
+                    ..Sent::default()
+                });
+            }
+        }
+    }
+    total
+}
+
+/// Looks at the front of a batch. Finishes checksums where the port does not take unfinished ones.
+#[inline]
+fn next(rules: &OutgoingRules, batch: &mut [PacketBuf], cut: bool) -> Next {
+    let most = batch.len().min(WINDOW);
+    for (place, packet) in batch[..most].iter_mut().enumerate() {
+        let stop = match packet.shape() {
+            Shape::Plain | Shape::Verified => continue,
+            Shape::Unfinished { .. } if rules.vnet && packet.meta().is_ok() => continue,
+            Shape::Unfinished { .. } if !rules.vnet && packet.finish_checksum().is_ok() => continue,
+            Shape::Gso { kind, .. } if packet.meta().is_ok() => {
+                if rules.vnet && rules.passes(kind) && !(cut && place == 0) {
+                    continue;
+                }
+                Next::Cut
+            }
+            _ => Next::Refuse,
+        };
+        return if place == 0 { stop } else { Next::Run(place) };
+    }
+    Next::Run(most)
+}
+
+/// Sends up to `count` packets from the front, in one burst. Tells what became of them in the order of the outbox's members.
+#[expect(clippy::too_many_arguments, reason = "the parts of a worker, borrowed one by one")]
+fn run(
+    writer: &mut impl Writer,
+    outbox: &mut Outbox,
+    cx: &mut Context,
+    ports: &mut Ports,
+    index: usize,
+    batch: &mut [PacketBuf],
+    count: usize,
+    merge: bool,
+    again: &mut Again,
+) -> Sent {
+    let port = ports.at(index);
+    *again = Again::Same;
+    outbox.writes.clear();
+    outbox.members.clear();
+    // What was down is tried with one packet: each that is refused costs as much as one that is taken.
+    let count = if port.down { 1 } else { count };
+    if port.is_udp() {
+        let count = count.min(LONGEST as usize);
+        outbox.members.extend(0..count as u8);
+        return udp::send(cx, port, &mut batch[..count]);
+    }
+    let limits = if merge && count > 1 {
+        port.outgoing.limits()
+    } else {
+        None
+    };
+    match limits {
+        Some(limits) => outbox.merge(&cx.arena, &port.outgoing, limits, &mut batch[..count]),
+        None => outbox.list(&cx.arena, &port.outgoing, &mut batch[..count.min(LONGEST as usize)]),
+    }
+    if let Err(error) = writer.perform(cx, ports, index, outbox) {
+        outbox.keep_for_ever(batch);
+        return Sent {
+            stopped: Some(error),
+            ..Sent::default()
+        };
+    }
+    let port = ports.at(index);
+    // A refused superpacket stands in the way of all behind it.
+    let results = &outbox.results[..outbox.writes.len()];
+    let refused = outbox
+        .writes
+        .iter()
+        .zip(results)
+        .position(|(write, &result)| write.kind.is_some() && matches!(-result, libc::EINVAL | libc::EIO));
+    let writes = &outbox.writes;
+    let header = if port.outgoing.vnet { VnetHdr::LEN as u32 } else { 0 };
+    let sent = judge(port, "write", &results[..refused.unwrap_or(results.len())], |place| {
+        Weight {
+            len: writes[place].len,
+            bytes: u64::from(writes[place].len - header),
+            packets: writes[place].packets,
+        }
+    });
+    for (write, &result) in writes.iter().zip(results) {
+        let Some(kind) = write.kind else { continue };
+        if result >= 0 {
+            port.outgoing.taken(kind);
+            port.tally.sent_superpackets.add(1);
+            if write.packets > 1 {
+                port.tally.merged_packets.add(u64::from(write.packets));
+            }
+        }
+    }
+    if let Some(refused) = refused
+        && sent.stopped.is_none()
+    {
+        *again = if writes[refused].packets > 1 {
+            // What went alone before was refused for another reason.
+            port.tally.offloads_refused.add(1);
+            if let Some(kind) = writes[refused].kind {
+                port.outgoing.refused(kind);
+            }
+            Again::Unmerged
+        } else {
+            Again::Cut
+        };
+    }
+    sent
+}
+
+/// Cuts the superpacket in front of the batch and sends its segments. It is one packet of the batch: accepted once all of its segments are, refused
+/// if one of them was; where sending stopped, what is left of it stays a superpacket.
+fn cut(
+    writer: &mut impl Writer,
+    outbox: &mut Outbox,
+    cx: &mut Context,
+    ports: &mut Ports,
+    index: usize,
+    batch: &mut Batch,
+    was_refused: bool,
+) -> Sent {
+    outbox.expect_superpackets();
+    let kind = match batch[0].shape() {
+        Shape::Gso { kind, .. } => Some(kind),
+        _ => None,
+    };
+    let mut total = Sent::default();
+    let mut segments = std::mem::replace(&mut outbox.segments, Batch::with_capacity(0));
+    while total.stopped.is_none() {
+        let front = &mut batch[0];
+        let Ok(Some(plan)) = front.plan() else {
+            // All of it is out.
+            break;
+        };
+        let most = plan.count().min(LONGEST as usize);
+        while segments.len() < most
+            && let Some(mut segment) = front.cut(&plan, segments.len(), Account::NONE)
+        {
+            segment.set_peer(front.peer());
+            let _ = segments.push(segment);
+        }
+        ports.at(index).cutting = true;
+        let mut again = Again::Same;
+        let sent = if segments.is_empty() {
+            // No buffer is free: one at a time, in its place.
+            let len = front.lend_first(&plan);
+            let sent = run(writer, outbox, cx, ports, index, &mut batch[..1], 1, false, &mut again);
+            batch[0].lent_back(len);
+            sent
+        } else {
+            let count = segments.len();
+            run(
+                writer,
+                outbox,
+                cx,
+                ports,
+                index,
+                &mut segments,
+                count,
+                false,
+                &mut again,
+            )
+        };
+        let port = ports.at(index);
+        port.cutting = false;
+        port.tally.cut_segments.add(sent.accepted as u64);
+        segments.consume_front(segments.len());
+        batch[0].keep_from(&plan, sent.accepted + sent.refused);
+        total.add(sent);
+    }
+    outbox.segments = segments;
+    let port = ports.at(index);
+    if was_refused && total.accepted > 0 {
+        port.tally.offloads_refused.add(1);
+        if let Some(kind) = kind {
+            port.outgoing.refused(kind);
+        }
+    }
+    let done = !batch[0].is_superpacket();
+    if done {
+        batch.consume_front(1);
+        port.tally.cut_superpackets.add(1);
+        match total.refusal {
+            Some(error) => port.tally.refuse(error.raw_os_error(), 1),
+            None => port.tally.sent_packets.add(1),
+        }
+    }
+    Sent {
+        accepted: usize::from(done && total.refusal.is_none()),
+        refused: usize::from(done && total.refusal.is_some()),
+        ..total
+    }
+}
+
+impl Outbox {
+    /// A write for each packet.
+    fn list(&mut self, arena: &Rc<Arena>, rules: &OutgoingRules, batch: &mut [PacketBuf]) {
+        self.members.extend(0..batch.len() as u8);
+        if !rules.vnet {
+            self.writes
+                .extend(batch.iter_mut().map(|packet| Write::of(arena, packet)));
+            return;
+        }
+        self.expect_superpackets();
+        let Some(gather) = &mut self.gather else { return };
+        let Gather { headers, parts, .. } = &mut **gather;
+        parts.clear();
+        for (packet, scratch) in batch.iter_mut().zip(headers) {
+            self.writes.push(Write::with_header(arena, packet, scratch, parts));
+        }
+    }
+
+    /// As few writes as the packets can be merged into.
+    fn merge(&mut self, arena: &Rc<Arena>, rules: &OutgoingRules, limits: Limits, batch: &mut [PacketBuf]) {
+        self.expect_superpackets();
+        let Some(gather) = &mut self.gather else { return };
+        let Gather { table, headers, parts } = &mut **gather;
+        parts.clear();
+        table.set_limits(limits);
+        let trust = |place: usize| {
+            let packet = &batch[place];
+            match packet.shape() {
+                Shape::Plain => Trust::None,
+                Shape::Verified => Trust::Whole,
+                Shape::Unfinished { .. } if is_of_transport(packet, rules.link) => Trust::Whole,
+                _ => Trust::Alone,
+            }
+        };
+        let mut superpacket = [0; HEADERS_MAX];
+        'groups: for group in table.coalesce_trusting(batch, rules.link, trust) {
+            let Some(scratch) = headers.get_mut(self.writes.len()) else {
+                break;
+            };
+            let merged = group
+                .headers(batch, &mut superpacket)
+                .and_then(|(header, bytes)| Some((header, header.kind().filter(|&kind| rules.passes(kind))?, bytes)));
+            let Some((header, kind, bytes)) = merged else {
+                // One, or some of a kind that is not taken: each as it is, further down.
+                for (member, _) in group.parts() {
+                    if self.writes.len() == LONGEST as usize {
+                        break 'groups;
+                    }
+                    self.members.push(member as u8);
+                    self.writes.push(Write::EMPTY);
+                }
+                continue;
+            };
+            let (front, first) = (VnetHdr::LEN + bytes.len(), parts.len());
+            scratch[..VnetHdr::LEN].copy_from_slice(&header.to_bytes());
+            scratch[VnetHdr::LEN..front].copy_from_slice(bytes);
+            parts.push(iovec(&scratch[..front]));
+            let mut len = front;
+            for (member, payload) in group.parts() {
+                let payload = &batch[member][payload];
+                len += payload.len();
+                parts.push(iovec(payload));
+                self.members.push(member as u8);
+            }
+            self.writes.push(Write {
+                at: parts[first..].as_ptr().cast(),
+                len: len as u32,
+                parts: (parts.len() - first) as u32,
+                kind: Some(kind),
+                packets: group.len() as u32,
+                ..Write::EMPTY
+            });
+        }
+        let mut member = 0;
+        for (write, scratch) in self.writes.iter_mut().zip(headers) {
+            if write.packets == 1 {
+                let packet = &mut batch[usize::from(self.members[member])];
+                *write = Write::with_header(arena, packet, scratch, parts);
+            }
+            member += write.packets as usize;
+        }
+    }
+
+    /// Takes out of the batch what the first `count` members are.
+    fn consume(&self, batch: &mut Batch, count: usize) {
+        let members = &self.members[..count.min(self.members.len())];
+        if members
+            .iter()
+            .enumerate()
+            .all(|(place, &member)| place == usize::from(member))
+        {
+            return batch.consume_front(members.len());
+        }
+        let mut marked = [false; WINDOW];
+        members.iter().for_each(|&member| marked[usize::from(member)] = true);
+        batch.consume_marked(&marked);
+    }
+}
+
+impl Write {
+    const EMPTY: Self = Self {
+        at: std::ptr::null(),
+        len: 0,
+        parts: 0,
+        class: None,
+        foreign: false,
+        kind: None,
+        packets: 1,
+    };
+
+    /// A packet as it is.
+    #[inline]
+    fn of(arena: &Rc<Arena>, packet: &mut PacketBuf) -> Self {
+        let home = packet.is_home(arena);
+        Self {
+            at: packet.as_ptr(),
+            len: packet.len() as u32,
+            class: home.then(|| packet.class()),
+            foreign: !home,
+            ..Self::EMPTY
+        }
+    }
+
+    /// A packet behind the driver's header; of two parts where there is no room in front of it.
+    #[inline]
+    fn with_header(
+        arena: &Rc<Arena>,
+        packet: &mut PacketBuf,
+        scratch: &mut [u8],
+        parts: &mut Vec<libc::iovec>,
+    ) -> Self {
+        let (header, kind) = match packet.meta() {
+            Ok(Meta::Unfinished { start, field }) => (VnetHdr::unfinished(start as u16, field as u16), None),
+            Ok(Meta::Gso(gso)) => (VnetHdr::of(&gso), Some(gso.kind)),
+            // That a checksum was verified is nothing that the driver asks for.
+            _ => (VnetHdr::plain(), None),
+        };
+        let mut write = Self {
+            kind,
+            ..Self::of(arena, packet)
+        };
+        write.len += VnetHdr::LEN as u32;
+        if let Some(bytes) = packet.with_vnet_hdr(header) {
+            write.at = bytes.as_ptr();
+            return write;
+        }
+        let first = parts.len();
+        scratch[..VnetHdr::LEN].copy_from_slice(&header.to_bytes());
+        parts.push(iovec(&scratch[..VnetHdr::LEN]));
+        parts.push(iovec(packet));
+        Self {
+            at: parts[first..].as_ptr().cast(),
+            parts: 2,
+            class: None,
+            ..write
+        }
+    }
+}
+
+/// Whether what is left to be finished is the packet's own TCP or UDP checksum.
+fn is_of_transport(packet: &PacketBuf, link: Link) -> bool {
+    match (packet.meta(), Headers::parse(packet, link)) {
+        (Ok(Meta::Unfinished { start, field }), Ok(headers)) => {
+            let offset = match headers.protocol {
+                headers::TCP => 16,
+                headers::UDP => 6,
+                _ => return false,
+            };
+            !headers.fragment
+                && (start, field) == (headers.transport, headers.transport + offset)
+                && headers.end == packet.len()
+        }
+        _ => false,
+    }
+}
+
+fn iovec(bytes: &[u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    }
+}
