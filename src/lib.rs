@@ -32,8 +32,8 @@ pub use buf::{Batch, Drain, NoRoom, PacketBuf, RemoteBuf, leaked_arenas};
 pub use error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 pub use stats::{Counters, ErrnoCounts, PortStats, StatsReader, WorkerCounters, WorkerStats};
 pub use worker::{
-    Backend, BackendReport, Detached, Endpoint, Handoff, HandoffCounters, HandoffEnd, MemoryBudget, PortId, Sent,
-    SinglePort, Wait, Wake, Waker, Worker, WorkerConfig,
+    Backend, BackendReport, Detached, Endpoint, Handoff, HandoffCounters, HandoffEnd, MemoryBudget, PortId, PortInfo,
+    Sent, SinglePort, Superpackets, Wait, Wake, Waker, Worker, WorkerConfig,
 };
 
 #[cfg(feature = "metrics")]

@@ -14,7 +14,7 @@ use crate::worker::PortId;
 ///
 /// The books balance: what the kernel handed over is `received_packets + truncated`, and what was given to `send` or `send_many` and
 /// consumed is `sent_packets + refused_packets`; for a queue with offloads, of what the kernel handed over `bad_headers` comes on top. The kernel counts
-/// writes: `sent_packets - merged_packets - cut_superpackets + cut_segments`, and a superpacket each for those that were merged.
+/// writes: `sent_packets - merged_packets + merged_superpackets - cut_superpackets + cut_segments`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
@@ -52,6 +52,8 @@ pub struct Counters {
     pub sent_superpackets: u64,
     /// Of the packets sent, those that went merged into superpackets.
     pub merged_packets: u64,
+    /// The superpackets that these went in.
+    pub merged_superpackets: u64,
     /// Superpackets that were cut before they were sent. Each counts as one packet sent, or refused if one of its segments was.
     pub cut_superpackets: u64,
     /// The segments of these that the kernel took.
@@ -80,6 +82,7 @@ impl AddAssign<&Counters> for Counters {
             bad_headers,
             sent_superpackets,
             merged_packets,
+            merged_superpackets,
             cut_superpackets,
             cut_segments,
             offloads_refused,
@@ -101,6 +104,7 @@ impl AddAssign<&Counters> for Counters {
         self.bad_headers += bad_headers;
         self.sent_superpackets += sent_superpackets;
         self.merged_packets += merged_packets;
+        self.merged_superpackets += merged_superpackets;
         self.cut_superpackets += cut_superpackets;
         self.cut_segments += cut_segments;
         self.offloads_refused += offloads_refused;
@@ -356,6 +360,7 @@ pub(crate) struct PortTally {
     pub(crate) bad_headers: Count,
     pub(crate) sent_superpackets: Count,
     pub(crate) merged_packets: Count,
+    pub(crate) merged_superpackets: Count,
     pub(crate) cut_superpackets: Count,
     pub(crate) cut_segments: Count,
     pub(crate) offloads_refused: Count,
@@ -394,6 +399,7 @@ impl PortTally {
             bad_headers: self.bad_headers.get(),
             sent_superpackets: self.sent_superpackets.get(),
             merged_packets: self.merged_packets.get(),
+            merged_superpackets: self.merged_superpackets.get(),
             cut_superpackets: self.cut_superpackets.get(),
             cut_segments: self.cut_segments.get(),
             offloads_refused: self.offloads_refused.get(),

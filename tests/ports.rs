@@ -106,7 +106,7 @@ fn main() {
     on_both(all, "truncation is told once, and counted", truncation);
     on_both(
         all,
-        "an MTU beyond the buffers is refused at attach",
+        "an MTU beyond the ordinary buffers takes large ones",
         mtu_beyond_the_buffers,
     );
     on_both(all, "large buffers take large packets", large_packets);
@@ -1140,28 +1140,28 @@ fn truncation(backend: Backend) {
 }
 
 fn mtu_beyond_the_buffers(backend: Backend) {
-    let mut worker = worker(backend);
-    let (queue, _) = single(tun(1).mtu(9000).open().unwrap());
-    let error = worker.attach(queue).unwrap_err();
-    assert_eq!(error.kind(), OpenErrorKind::InvalidSetting);
-    assert!(
-        error.detail().contains("9000") && error.detail().contains("max_packet"),
-        "{error}"
-    );
-    assert_eq!(worker.ports().count(), 0);
-    let mut worker = Worker::new(&WorkerConfig {
+    let wide = WorkerConfig {
         max_packet: 9000,
         buffers: 64,
         ..config(backend)
-    })
-    .unwrap();
-    let (queue, _device) = single(tun(1).mtu(9000).open().unwrap());
-    let port = worker.attach(queue).unwrap();
-    Offer::new().send_long(9000 - 28);
-    let mut batch = Batch::with_capacity(4);
-    receive(&mut worker, port, &mut batch, 1).unwrap();
-    assert_eq!(batch[0].len(), 9000);
-    assert_eq!(numbers(&batch), [0]);
+    };
+    for (config, large) in [(config(backend), 128), (wide, 0)] {
+        let mut worker = Worker::new(&config).unwrap();
+        assert_eq!(worker.backend().large_buffers, 0, "none before they are needed");
+        let (queue, device) = single(tun(1).mtu(9000).open().unwrap());
+        let port = worker.attach(queue).unwrap();
+        assert_eq!(worker.backend().large_buffers, large);
+        assert_eq!(
+            worker.backend().registered_large_buffers,
+            large > 0 && backend == Backend::IoUring
+        );
+        Offer::new().send_long(9000 - 28);
+        let mut batch = Batch::with_capacity(4);
+        receive(&mut worker, port, &mut batch, 1).unwrap();
+        assert_eq!(batch[0].len(), 9000);
+        assert_eq!(numbers(&batch), [0]);
+        drop((batch, worker, device));
+    }
 }
 
 fn large_packets(backend: Backend) {

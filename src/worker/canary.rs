@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::buf::Arena;
+use crate::buf::{Arena, SizeClass};
 use crate::lab::{Namespace, Sandbox};
 use crate::{Backend, Batch, Builder, Mode, Support, Worker, WorkerConfig, leaked_arenas};
 
@@ -109,13 +109,13 @@ impl Drop for End<'_> {
 }
 
 fn paint(arena: &Arena) {
-    let memory = arena.as_iovec();
+    let memory = arena.as_iovec(SizeClass::Small, arena.config().small_slots);
     // SAFETY: the mapping lives as long as `arena`. No packet of it is alive; the kernel may write to it meanwhile, which is what is looked for.
     unsafe { std::ptr::write_bytes(memory.iov_base.cast::<u8>(), PAINT, memory.iov_len) };
 }
 
 fn is_painted(arena: &Arena) -> bool {
-    let memory = arena.as_iovec();
+    let memory = arena.as_iovec(SizeClass::Small, arena.config().small_slots);
     let start = memory.iov_base.cast::<u64>();
     // SAFETY: as in `paint`; volatile, because the kernel is not known to the compiler.
     (0..memory.iov_len / 8).all(|at| unsafe { start.add(at).read_volatile() } == u64::from_ne_bytes([PAINT; 8]))

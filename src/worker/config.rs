@@ -23,8 +23,8 @@ pub struct WorkerConfig {
     pub buffers: usize,
     /// Bytes of the longest packet, link header included, that an ordinary buffer must hold.
     pub max_packet: usize,
-    /// Buffers for superpackets and for packets beyond `max_packet`, up to 64 KiB each. They take memory from the moment on at which the first port
-    /// needs them: a device with offloads, or with a longer MTU.
+    /// Buffers for superpackets and for packets beyond `max_packet`, up to 64 KiB each. 0, the default: none until a port needs them, as that of a
+    /// device with offloads or a longer MTU does, and 128 from then on.
     pub large_buffers: usize,
     /// Bytes that can be prepended to a packet as it was received. At least 64; rounded up so that packets begin on a cache line.
     pub headroom: usize,
@@ -42,7 +42,7 @@ impl Default for WorkerConfig {
             backend: None,
             buffers: 1024,
             max_packet: 1536,
-            large_buffers: 128,
+            large_buffers: 0,
             headroom: 96,
             tailroom: 64,
             receive_reserve: 64,
@@ -72,11 +72,16 @@ impl WorkerConfig {
             tailroom: self.tailroom,
             small_packet: self.max_packet,
             small_slots: self.buffers,
-            large_slots: self.large_buffers,
+            large_slots: match self.large_buffers {
+                0 => LARGE_BUFFERS,
+                wanted => wanted,
+            },
         }
     }
 }
 
+/// Large buffers, where the configuration leaves it open.
+const LARGE_BUFFERS: usize = 128;
 /// Entries of the submission queue. A burst never has more.
 pub(super) const RING_ENTRIES: u32 = 128;
 /// Ports that a worker can have: the size of its table of registered files.
@@ -105,12 +110,12 @@ pub struct MemoryBudget {
 }
 
 impl MemoryBudget {
-    /// All of it while no port needs large buffers.
+    /// All of it while there are no large buffers.
     pub fn total(&self) -> usize {
         self.buffers + self.tables + self.ring + self.scratch
     }
 
-    /// All of it with a port of a device with offloads, or with a long MTU.
+    /// All of it with a port of a device with offloads or with a long MTU, or with [`WorkerConfig::large_buffers`] set.
     pub fn total_with_large_buffers(&self) -> usize {
         self.total() + self.large_buffers + Outbox::SUPERPACKETS
     }

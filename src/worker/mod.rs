@@ -24,7 +24,8 @@ use std::time::Instant;
 
 pub use config::{Backend, BackendReport, MemoryBudget, Wait, WorkerConfig};
 pub use handoff::{Handoff, HandoffCounters, HandoffEnd};
-pub use port::{Detached, Endpoint, PortId, Sent};
+pub use outgoing::Superpackets;
+pub use port::{Detached, Endpoint, PortId, PortInfo, Sent};
 pub use single::SinglePort;
 pub(crate) use waker::WakeHandle;
 pub use waker::Waker;
@@ -203,7 +204,7 @@ impl Worker {
             now: Instant::now(),
         };
         let reserve = u32::try_from(config.receive_reserve).unwrap_or(u32::MAX);
-        Ok(Self {
+        let mut worker = Self {
             backend,
             ports: Ports::new(),
             cx,
@@ -212,7 +213,11 @@ impl Worker {
             outbox: Outbox::new(),
             single: Batch::with_capacity(1),
             closed: false,
-        })
+        };
+        if config.large_buffers > 0 {
+            worker.open_large();
+        }
+        Ok(worker)
     }
 
     /// What runs, and why.
@@ -242,7 +247,7 @@ impl Worker {
         }
         let class = self.class_for(&endpoint)?;
         if class == SizeClass::Large {
-            self.open_large()?;
+            self.open_large();
         }
         if let Endpoint::Queue(queue) = &endpoint
             && queue.vnet_hdr()
@@ -285,6 +290,7 @@ impl Worker {
             self.cx.books.close(id);
             return Err(error);
         }
+        self.ports.at(index).probe();
         Ok(id)
     }
 
@@ -394,8 +400,8 @@ impl Worker {
     /// ask for more behind each of them, so some may be left that came meanwhile: the port is ready then, and they come with the next call.
     ///
     /// # Errors
-    /// Told when there are no packets to hand over first: [`PortErrorKind::Truncated`] and [`PortErrorKind::NoBuffers`] once each time
-    /// that they happen, [`PortErrorKind::Gone`] from then on at every call.
+    /// Told when there are no packets to hand over first: [`PortErrorKind::Truncated`], [`PortErrorKind::NoBuffers`], and [`PortErrorKind::BadPacket`]
+    /// for a virtio-net header that contradicts its packet, once each time that they happen, [`PortErrorKind::Gone`] from then on at every call.
     pub fn recv_many(&mut self, port: PortId, batch: &mut Batch) -> Result<usize, PortError> {
         self.receive(port, batch, true)
     }
@@ -430,6 +436,16 @@ impl Worker {
     /// for its content does not stop those behind it. Packets of other workers' arenas are sent too, from unregistered memory.
     ///
     /// A packet's [`peer`](PacketBuf::peer) says where a socket sends it; a queue does not look at it.
+    ///
+    /// What was received from a device with offloads may be sent on any port. Where the port's device was granted the same
+    /// ([`port_info`](Self::port_info)), superpackets and unfinished packets go as they are; elsewhere superpackets are cut and checksums finished.
+    /// To a device with offloads, runs of plain packets of a flow go merged, by the rules of the kernel's GRO
+    /// ([`offload::coalesce`](crate::offload::coalesce)): no packet overtakes another of its flow, and flows may change places.
+    /// [`set_superpackets`](Self::set_superpackets) switches each of this on and off. A superpacket counts as one packet, also if it is cut, and one of
+    /// which a part was sent stays in the batch as a shorter one.
+    ///
+    /// The kernel may refuse superpackets in spite of what it granted (some did by mistake): such a one goes in pieces, in its place, and after 16 in a row
+    /// its kind is not tried again on this port. [`Counters::offloads_refused`] tells.
     pub fn send_many(&mut self, port: PortId, batch: &mut Batch) -> Sent {
         let index = match self.ports.check(port) {
             Ok(index) => index,
@@ -515,12 +531,7 @@ impl Worker {
 
     fn empty_packet(&self, len: usize) -> Option<PacketBuf> {
         let arena = &self.cx.arena;
-        let config = arena.config();
-        if len >= arena.read_len(SizeClass::Small) as usize {
-            // Not registered, unless a port needs them.
-            arena.open_large(config.large_slots);
-        }
-        let fits = |class| config.slots(class) > 0 && len < arena.read_len(class) as usize;
+        let fits = |class| len < arena.read_len(class) as usize;
         let class = [SizeClass::Small, SizeClass::Large]
             .into_iter()
             .find(|&class| fits(class) && arena.available(Account::NONE, class, 1) > 0)?;
@@ -528,10 +539,9 @@ impl Worker {
         Some(PacketBuf::whole_slot(arena, slot, 0))
     }
 
-    /// The longest packet that this worker's buffers hold.
+    /// The longest packet that this worker's buffers hold: 64 KiB once there are large ones ([`WorkerConfig::large_buffers`]).
     pub fn longest_packet(&self) -> usize {
-        let config = self.cx.arena.config();
-        let class = if config.large_slots > 0 {
+        let class = if self.cx.arena.large_open() > 0 {
             SizeClass::Large
         } else {
             SizeClass::Small
@@ -583,6 +593,23 @@ impl Worker {
     /// A handle by which other threads read what [`stats`](Self::stats) tells, without this worker's help.
     pub fn stats_reader(&self) -> StatsReader {
         self.cx.books.reader()
+    }
+
+    /// What a port takes, so that one can tell beforehand what becomes of a superpacket there; `None` if it was detached.
+    pub fn port_info(&self, port: PortId) -> Option<PortInfo> {
+        self.ports.find(port).map(|port| port.info())
+    }
+
+    /// Switches what a port does with superpackets on or off, from the next packet on. Nothing is lost by it: what is not passed on is cut.
+    ///
+    /// What the kernel hands over is another matter: [`Queue::set_offloads`].
+    ///
+    /// # Errors
+    /// [`PortErrorKind::Gone`] if the port was detached.
+    pub fn set_superpackets(&mut self, port: PortId, switches: Superpackets) -> Result<(), PortError> {
+        let index = self.ports.check(port)?;
+        self.ports.at(index).outgoing.set(switches);
+        Ok(())
     }
 
     /// The queue of a port, to enable or disable it, or to ask its name; `None` for a socket or a detached port.
@@ -640,7 +667,7 @@ impl Worker {
     }
 
     /// Opens the buffers for superpackets and long packets, if they are not yet: registered, if the small ones are and the memlock limit allows.
-    fn open_large(&mut self) -> Result<(), OpenError> {
+    fn open_large(&mut self) {
         let arena = &self.cx.arena;
         let wanted = arena.config().large_slots;
         if let Imp::Ring(ring) = &mut self.backend
@@ -669,7 +696,6 @@ impl Worker {
         }
         arena.open_large(wanted);
         self.report.large_buffers = arena.large_open();
-        Ok(())
     }
 
     /// The smallest class of buffers that holds every packet of the endpoint.
@@ -690,7 +716,7 @@ impl Worker {
         if longest < arena.read_len(SizeClass::Small) as usize {
             return Ok(SizeClass::Small);
         }
-        if arena.config().large_slots > 0 && longest < arena.read_len(SizeClass::Large) as usize {
+        if longest < arena.read_len(SizeClass::Large) as usize {
             return Ok(SizeClass::Large);
         }
         let detail = format!(

@@ -18,7 +18,7 @@ use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::PortError;
 use crate::offload::coalesce::HEADERS_MAX;
 use crate::offload::headers::{self, Headers};
-use crate::offload::{GroTable, GsoType, Limits, Link, Meta, Offloads, Trust, VnetHdr};
+use crate::offload::{GroTable, Gso, GsoType, Limits, Link, Meta, Offloads, Trust, VnetHdr};
 
 /// Packets that are looked at together, for merging.
 pub(super) const WINDOW: usize = 128;
@@ -82,16 +82,44 @@ pub(super) trait Writer {
     ) -> Result<(), PortError>;
 }
 
+/// What a port of a device with offloads does with superpackets. All on by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Superpackets {
+    /// Superpackets of TCP are passed on as they are, as far as the device takes them.
+    pub tso: bool,
+    /// The same of UDP.
+    pub uso: bool,
+    /// Runs of TCP packets are merged, as far as the device takes what comes of it.
+    pub merge_tcp: bool,
+    /// The same of UDP.
+    pub merge_udp: bool,
+    /// Checksums are looked at before packets are merged. Without, a wrong one in the middle of a run is replaced by a right one: only for packets
+    /// whose integrity is known by other means, such as decryption.
+    pub verify: bool,
+}
+
+impl Default for Superpackets {
+    fn default() -> Self {
+        Self {
+            tso: true,
+            uso: true,
+            merge_tcp: true,
+            merge_udp: true,
+            verify: true,
+        }
+    }
+}
+
 /// What a port does with superpackets.
 pub(super) struct OutgoingRules {
     /// A driver's header is in front of each packet.
     pub(super) vnet: bool,
     pub(super) link: Link,
-    /// What goes as it is.
+    /// What the device was granted, and the kernel did not refuse.
+    granted: Offloads,
+    /// Of that, what is switched on.
     pub(super) pass: Offloads,
-    pub(super) merge_tcp: bool,
-    pub(super) merge_udp: bool,
-    pub(super) verify: bool,
+    switches: Superpackets,
     /// Refusals in a row: TCP over IPv4, over IPv6, UDP.
     refusals: [u32; 3],
 }
@@ -111,10 +139,9 @@ impl OutgoingRules {
         Self {
             vnet,
             link,
+            granted: pass,
             pass,
-            merge_tcp: true,
-            merge_udp: true,
-            verify: true,
+            switches: Superpackets::default(),
             refusals: [0; 3],
         }
     }
@@ -128,12 +155,12 @@ impl OutgoingRules {
         if !self.vnet {
             return None;
         }
-        let tcp = self.merge_tcp && (self.passes(GsoType::Tcp4) || self.passes(GsoType::Tcp6));
-        let udp = self.merge_udp && self.passes(GsoType::Udp);
+        let tcp = self.switches.merge_tcp && (self.passes(GsoType::Tcp4) || self.passes(GsoType::Tcp6));
+        let udp = self.switches.merge_udp && self.passes(GsoType::Udp);
         (tcp || udp).then(|| Limits {
             tcp,
             udp,
-            verify: self.verify,
+            verify: self.switches.verify,
             ..Limits::default()
         })
     }
@@ -142,13 +169,82 @@ impl OutgoingRules {
         let count = &mut self.refusals[kind as usize];
         *count += 1;
         if *count >= REFUSALS {
-            self.pass = self.pass - offload_of(kind);
+            self.give_up(kind);
         }
+    }
+
+    /// The kernel does not take this kind.
+    pub(super) fn give_up(&mut self, kind: GsoType) {
+        self.granted = self.granted - offload_of(kind);
+        self.set(self.switches);
+    }
+
+    pub(super) fn set(&mut self, switches: Superpackets) {
+        self.switches = switches;
+        self.pass = self.granted;
+        if !switches.tso {
+            self.pass = self.pass - (Offloads::TSO4 | Offloads::TSO6);
+        }
+        if !switches.uso {
+            self.pass = self.pass - Offloads::USO;
+        }
+    }
+
+    pub(super) fn switches(&self) -> Superpackets {
+        self.switches
     }
 
     fn taken(&mut self, kind: GsoType) {
         self.refusals[kind as usize] = 0;
     }
+}
+
+/// Superpackets that a kernel takes and then drops: their IPv4 header's checksum is wrong, or their IPv6 source is a multicast address. One of each
+/// kind, with the driver's header, and for TAP with an Ethernet header whose target no bridge forwards to (IEEE 802.1D, 01:80:C2:00:00:0F).
+pub(super) fn probes(link: Link) -> [(GsoType, Vec<u8>); 3] {
+    [GsoType::Tcp4, GsoType::Tcp6, GsoType::Udp].map(|kind| {
+        const PAYLOAD: usize = 64;
+        let (transport, protocol) = if kind == GsoType::Udp {
+            (8, headers::UDP)
+        } else {
+            (20, headers::TCP)
+        };
+        let length = transport + PAYLOAD;
+        let mut packet = Vec::new();
+        if link == Link::Ethernet {
+            packet.extend([0x01, 0x80, 0xc2, 0, 0, 0x0f, 0x02, 0, 0, 0, 0, 0x01]);
+            packet.extend(if kind == GsoType::Tcp6 {
+                [0x86, 0xdd]
+            } else {
+                [0x08, 0x00]
+            });
+        }
+        if kind == GsoType::Tcp6 {
+            packet.extend([0x60, 0, 0, 0, 0, length as u8, protocol, 1]);
+            // Documentation's multicast and unicast prefixes (RFC 6676, RFC 3849).
+            packet.extend([0xff, 0x02, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x0d, 0xb8, 0, 1]);
+            packet.extend([0x20, 0x01, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]);
+        } else {
+            packet.extend([0x45, 0, 0, (20 + length) as u8, 0, 0, 0x40, 0, 1, protocol, 0xff, 0xff]);
+            packet.extend([192, 0, 2, 1, 192, 0, 2, 2]);
+        }
+        packet.extend([0, 9, 0, 9]);
+        if kind == GsoType::Udp {
+            packet.extend([0, length as u8, 0, 0]);
+        } else {
+            packet.extend([0, 0, 0, 0, 0, 0, 0, 0, 0x50, 0x10, 0, 0, 0, 0, 0, 0]);
+        }
+        packet.resize(packet.len() + PAYLOAD, 0);
+        let header = Headers::parse(&packet, link).map_or(VnetHdr::plain(), |headers| {
+            VnetHdr::of(&Gso {
+                kind,
+                size: PAYLOAD as u16 / 2,
+                ecn: false,
+                headers,
+            })
+        });
+        (kind, [&header.to_bytes()[..], &packet].concat())
+    })
 }
 
 fn offload_of(kind: GsoType) -> Offloads {
@@ -348,6 +444,7 @@ fn run(
             port.tally.sent_superpackets.add(1);
             if write.packets > 1 {
                 port.tally.merged_packets.add(u64::from(write.packets));
+                port.tally.merged_superpackets.add(1);
             }
         }
     }

@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::burst::{Burst, LONGEST};
 use super::handoff::{self, HandoffEnd};
-use super::outgoing::OutgoingRules;
+use super::outgoing::{self, OutgoingRules, Superpackets};
 use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::{PortError, PortErrorKind};
-use crate::offload::VnetHdr;
+use crate::offload::{Offloads, VnetHdr};
 use crate::queue::Queue;
 use crate::stats::{Counters, PortTally};
+use crate::sys::fd;
 
 /// Names a port of one worker. A name is never used twice in a process, so that a stale one is told from a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -82,6 +83,19 @@ impl From<UdpSocket> for Endpoint {
     fn from(socket: UdpSocket) -> Self {
         Endpoint::Udp(socket)
     }
+}
+
+/// What a port takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PortInfo {
+    /// What may be sent unfinished or uncut and goes so: granted to the device, not refused by the kernel since, and not switched off. Everything else
+    /// is finished and cut by the worker.
+    pub passes: Offloads,
+    /// What is switched on.
+    pub superpackets: Superpackets,
+    /// The longest packet that a receive on this port can bring, in bytes.
+    pub longest: usize,
 }
 
 /// What is left when a port was detached.
@@ -214,6 +228,30 @@ impl Port {
             gone: None,
             gone_told: false,
             notice: None,
+        }
+    }
+
+    pub(super) fn info(&self) -> PortInfo {
+        PortInfo {
+            passes: self.outgoing.pass,
+            superpackets: self.outgoing.switches(),
+            longest: self.read_len as usize - 1 - if self.outgoing.vnet { VnetHdr::LEN } else { 0 },
+        }
+    }
+
+    /// Offers the kernel one superpacket of each kind that was granted, and gives up the kinds that it refuses. They are such that the stack drops
+    /// them; the device counts them as received. A device that is down cannot be asked: what it refuses is found out later.
+    pub(super) fn probe(&mut self) {
+        if !self.outgoing.vnet || !self.outgoing.pass.has_superpackets() {
+            return;
+        }
+        for (kind, probe) in outgoing::probes(self.outgoing.link) {
+            if self.outgoing.passes(kind)
+                && let Err(error) = fd::write(self.fd, &probe)
+                && error.raw_os_error() == Some(libc::EINVAL)
+            {
+                self.outgoing.give_up(kind);
+            }
         }
     }
 
