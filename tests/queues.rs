@@ -9,11 +9,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use common::{need_tun, trial};
 use device::{
-    NOBODY, Node, copy, descriptor_flags, exists, link, namespace, raw_tun, raw_unattached, read_packet, socket_behind,
-    try_read, udp_packet, udp_payload, unprivileged, write,
+    NOBODY, Node, copy, descriptor_flags, exists, ioctl_int, ioctl_value, link, namespace, raw_tun, raw_unattached,
+    read_packet, socket_behind, try_read, udp_packet, udp_payload, unprivileged, write,
 };
 use tun_driver::netlink::Handle;
-use tun_driver::{Builder, Mode, MultiQueue, OpenErrorKind, Queue};
+use tun_driver::{Builder, Mode, MultiQueue, Offloads, OpenErrorKind, Queue};
 
 fn main() {
     common::run(vec![
@@ -354,6 +354,34 @@ fn main() {
                 assert!(device(one).verified(), "one is one device")
             });
         }),
+        trial("offloads of adopted queues are off unless asked for", || {
+            need_tun();
+            let flags = bits(Mode::Tun, false) | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR;
+            let open = || {
+                let queue = raw_tun("vnet", flags).unwrap();
+                // As somebody before may have left it.
+                ioctl_int(queue.as_fd(), libc::TUNSETVNETHDRSZ, 12).unwrap();
+                ioctl_value(queue.as_fd(), libc::TUNSETOFFLOAD, 1).unwrap();
+                queue
+            };
+            let device = MultiQueue::from_fds(vec![open()]).unwrap();
+            assert!(device.granted().vnet_hdr && !device.granted().packet_info);
+            assert_eq!(device.granted().offloads, Offloads::none());
+            let mut size = 0;
+            // SAFETY: the request writes one int.
+            unsafe { libc::ioctl(device.queues()[0].as_raw_fd(), libc::TUNGETVNETHDRSZ, &raw mut size) };
+            assert_eq!(size, 10);
+            drop(device);
+            let device = MultiQueue::from_fds_with_offloads(vec![open()], Offloads::all()).unwrap();
+            let granted = device.granted().offloads;
+            assert!(granted.contains(Offloads::TSO4 | Offloads::TSO6), "{granted}");
+            // A queue that is added replays them.
+            let added = device.add_queue().unwrap();
+            assert!(added.vnet_hdr());
+            assert_eq!(added.offloads(), granted);
+            assert_eq!(added.set_offloads(Offloads::CSUM).unwrap(), Offloads::CSUM);
+            assert_eq!(device.granted().offloads, Offloads::CSUM);
+        }),
         trial("what cannot be adopted is refused", || {
             need_tun();
             let adopt = |fds: Vec<OwnedFd>| {
@@ -425,8 +453,22 @@ fn main() {
                 "a TUN and a TAP device of a name"
             );
 
-            let vnet = open("vnet", multi | libc::IFF_VNET_HDR);
-            assert_eq!(adopt(vec![vnet]), OpenErrorKind::Unsupported, "with a vnet header");
+            let vnet = open(
+                "vnet",
+                bits(Mode::Tun, true) | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR,
+            );
+            assert_eq!(
+                adopt(vec![vnet]),
+                OpenErrorKind::Unsupported,
+                "a vnet header behind packet information"
+            );
+            let plain = open("plain", multi | libc::IFF_NO_PI);
+            let error = MultiQueue::from_fds_with_offloads(vec![plain], Offloads::all()).unwrap_err();
+            assert_eq!(
+                error.kind(),
+                OpenErrorKind::QueueModeMismatch,
+                "offloads without a vnet header"
+            );
             let many = (0..257).map(|_| copy(raw_unattached())).collect();
             assert_eq!(adopt(many), OpenErrorKind::TooManyQueues);
         }),

@@ -1,0 +1,953 @@
+//! Superpackets through ports: real TCP and UDP between two namespaces, through a worker that passes, cuts and merges; on both backends.
+
+mod common;
+
+use std::collections::hash_map::DefaultHasher;
+use std::hash::Hasher;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use common::{Trial, need_backend, skip, trial};
+use tun_driver::lab::{Namespace, sysctl};
+use tun_driver::netlink::Handle;
+use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
+use tun_driver::{
+    Backend, Batch, Builder, Counters, Device, Mode, MultiQueue, Offloads, PacketBuf, PortErrorKind, PortId,
+    Superpackets, Wait, Waker, Worker, WorkerConfig,
+};
+
+fn main() {
+    let mut trials: Vec<Trial> = Vec::new();
+    for backend in [Backend::IoUring, Backend::Syscalls] {
+        let mut add = |name: &str, work: fn(Backend)| {
+            trials.push(trial(format!("{name}: {backend:?}"), move || {
+                need_backend(backend);
+                work(backend);
+            }));
+        };
+        add("TCP through every combination of offloads", tcp_combinations);
+        add("TCP over TAP", tcp_over_tap);
+        add("frames with a VLAN tag are superpackets too", tagged_frames);
+        add("TCP at other MTUs", tcp_at_other_mtus);
+        add("UDP superpackets are passed, cut and merged", udp_combinations);
+        add("a superpacket that is split by hand arrives whole", split_by_hand);
+        add("what does not fit stays a superpacket", split_bit_by_bit);
+        add("segments are lent one after another", lent_segments);
+        add("a superpacket goes out of a socket in pieces", into_a_socket);
+        add("without a free buffer a superpacket is cut in its place", cut_in_place);
+        add(
+            "a refused superpacket goes in pieces, in its place",
+            refused_by_the_kernel,
+        );
+        add(
+            "a header that contradicts its packet is counted, and the port goes on",
+            lying_headers,
+        );
+        add("switched off, nothing is passed or merged", switched_off);
+        add("a packet that no longer fits is refused", mangled);
+        add("short packets leave large buffers", short_packets);
+        add("a hand-off carries superpackets", through_a_handoff);
+    }
+    trials.push(trial("a persistent device forgets its offloads", persistent));
+    common::run(trials)
+}
+
+const LEFT: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 1);
+const RIGHT: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
+const LEFT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 1);
+const RIGHT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2);
+
+/// One worker that carries packets between a device in each of two namespaces.
+struct Wire {
+    ends: [Namespace; 2],
+    waker: Waker,
+    thread: Option<JoinHandle<[Counters; 2]>>,
+}
+
+/// What the worker does with a batch between receiving and sending.
+type Between = fn(&mut Batch, &mut Batch);
+
+struct Setting {
+    backend: Backend,
+    mode: Mode,
+    offloads: [Offloads; 2],
+    mtu: u32,
+    between: Option<Between>,
+    superpackets: Superpackets,
+}
+
+impl Setting {
+    fn new(backend: Backend, offloads: [Offloads; 2]) -> Self {
+        Self {
+            backend,
+            mode: Mode::Tun,
+            offloads,
+            mtu: 1500,
+            between: None,
+            superpackets: Superpackets::default(),
+        }
+    }
+}
+
+fn config(backend: Backend) -> WorkerConfig {
+    WorkerConfig {
+        backend: Some(backend),
+        wait: Wait::Block,
+        ..WorkerConfig::default()
+    }
+}
+
+impl Wire {
+    fn new(setting: Setting) -> Self {
+        let ends = [Namespace::new().unwrap(), Namespace::new().unwrap()];
+        let open = |side: usize| -> MultiQueue {
+            ends[side]
+                .run(|| {
+                    let (v4, v6) = [(LEFT, LEFT6), (RIGHT, RIGHT6)][side];
+                    let mut device = Builder::new("wire", setting.mode)
+                        .offloads(setting.offloads[side])
+                        .mtu(setting.mtu)
+                        .txqueuelen(5_000)
+                        .address(v4, 24);
+                    if setting.mode == Mode::Tap {
+                        device = device.mac([2, 0, 0, 0, 0, side as u8 + 1]);
+                    }
+                    sysctl("net/ipv6/conf/default/accept_dad", 0).unwrap();
+                    device.address(v6, 64).up(true).open().unwrap()
+                })
+                .unwrap()
+        };
+        let queues = [open(0), open(1)].map(|device| device.into_queues().remove(0));
+        let (tell, told) = mpsc::channel();
+        let thread = thread::spawn(move || {
+            let mut worker = Worker::new(&config(setting.backend)).unwrap();
+            let ports = queues.map(|queue| worker.attach(queue).unwrap());
+            for port in ports {
+                worker.set_superpackets(port, setting.superpackets).unwrap();
+            }
+            tell.send(worker.waker()).unwrap();
+            carry(&mut worker, ports, setting.between);
+            ports.map(|port| worker.counters(port).unwrap())
+        });
+        Self {
+            ends,
+            waker: told.recv().unwrap(),
+            thread: Some(thread),
+        }
+    }
+
+    /// Ends it, and holds its books against the kernel's.
+    fn end(mut self) -> [Counters; 2] {
+        // What is on its way arrives.
+        thread::sleep(Duration::from_millis(100));
+        let kernel = [0, 1].map(|side: usize| {
+            self.ends[side]
+                .run(|| {
+                    let netlink = Handle::new().unwrap();
+                    netlink.stats(netlink.index_of("wire").unwrap()).unwrap()
+                })
+                .unwrap()
+        });
+        self.waker.stop();
+        let counters = self.thread.take().unwrap().join().unwrap();
+        for (counters, kernel) in counters.iter().zip(kernel) {
+            let writes = counters.sent_packets - counters.merged_packets + counters.merged_superpackets
+                - counters.cut_superpackets
+                + counters.cut_segments;
+            // Those that were tried at attach are the device's, not the port's.
+            assert!(
+                (0..=3).contains(&(kernel.rx_packets - writes)),
+                "{counters:?} {kernel:?}"
+            );
+            assert_eq!(counters.received_packets + counters.bad_headers, kernel.tx_packets);
+            assert_eq!(
+                (
+                    counters.refused_packets,
+                    counters.bad_headers,
+                    counters.offloads_refused
+                ),
+                (0, 0, 0),
+                "{counters:?}"
+            );
+        }
+        counters
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.waker.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn carry(worker: &mut Worker, ports: [PortId; 2], between: Option<Between>) {
+    let (mut batch, mut whole) = (Batch::with_capacity(64), Batch::with_capacity(128));
+    while !worker.wait(None).unwrap().stopped {
+        while let Some(port) = worker.next_ready() {
+            let _ = worker.try_recv_many(port, &mut batch);
+            let to = ports[usize::from(port == ports[0])];
+            match between {
+                None => send_all(worker, to, &mut batch),
+                Some(between) => {
+                    while !batch.is_empty() {
+                        between(&mut batch, &mut whole);
+                        send_all(worker, to, &mut whole);
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn send_all(worker: &mut Worker, to: PortId, batch: &mut Batch) {
+    let sent = worker.send_many(to, batch);
+    assert_eq!(sent.refused, 0, "{sent:?}");
+    assert!(batch.is_empty() || sent.stopped.is_some(), "{sent:?}");
+    batch.clear();
+}
+
+/// Bytes that tell where they are wrong.
+fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed | 1;
+    std::iter::repeat_with(|| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    })
+    .take(len)
+    .collect()
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
+
+/// Sends `len` bytes over TCP both ways at the same time; what arrives has to be what was sent.
+fn transfer(wire: &Wire, to: IpAddr, len: usize) {
+    let (tell, told) = mpsc::channel();
+    thread::scope(|scope| {
+        let server = scope.spawn(|| {
+            wire.ends[1]
+                .run(move || {
+                    let listener = TcpListener::bind((to, 0)).unwrap();
+                    tell.send(listener.local_addr().unwrap()).unwrap();
+                    talk(listener.accept().unwrap().0, len, 2)
+                })
+                .unwrap()
+        });
+        let address = told.recv().unwrap();
+        let client = wire.ends[0]
+            .run(|| talk(TcpStream::connect(address).unwrap(), len, 1))
+            .unwrap();
+        assert_eq!(server.join().unwrap(), hash(&pattern(len, 1)), "left to right");
+        assert_eq!(client, hash(&pattern(len, 2)), "right to left");
+    });
+}
+
+fn talk(stream: TcpStream, len: usize, seed: u64) -> u64 {
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    let sender = thread::spawn(move || writer.write_all(&pattern(len, seed)).unwrap());
+    let mut received = vec![0; len];
+    (&stream).read_exact(&mut received).unwrap();
+    sender.join().unwrap();
+    hash(&received)
+}
+
+fn tcp_combinations(backend: Backend) {
+    let sets = [
+        Offloads::none(),
+        Offloads::CSUM,
+        Offloads::TSO4,
+        Offloads::all() - Offloads::USO,
+        Offloads::all(),
+    ];
+    for left in sets {
+        for right in sets {
+            let wire = Wire::new(Setting::new(backend, [left, right]));
+            transfer(&wire, RIGHT.into(), 2 << 20);
+            transfer(&wire, RIGHT6.into(), 2 << 20);
+            let [left_port, right_port] = wire.end();
+            let whole = |set: Offloads| set.contains(Offloads::TSO4 | Offloads::TSO6);
+            // What came out of the left device goes into the right one.
+            if whole(left) && whole(right) {
+                assert!(right_port.sent_superpackets > 10, "{left} {right} {right_port:?}");
+                assert_eq!(right_port.cut_superpackets, 0, "{left} {right}");
+                assert!(left_port.sent_superpackets > 10, "{left} {right} {left_port:?}");
+            } else if whole(left) && !right.has_superpackets() {
+                assert!(right_port.cut_superpackets > 10, "{left} {right} {right_port:?}");
+                assert_eq!(right_port.sent_superpackets, 0);
+            } else if !left.has_superpackets() && whole(right) {
+                assert!(right_port.merged_packets > 100, "{left} {right} {right_port:?}");
+            } else if left.is_empty() && right.is_empty() {
+                assert_eq!(right_port.sent_superpackets + right_port.cut_superpackets, 0);
+            }
+        }
+    }
+}
+
+fn tcp_over_tap(backend: Backend) {
+    for offloads in [[Offloads::all(); 2], [Offloads::all(), Offloads::none()]] {
+        let wire = Wire::new(Setting {
+            mode: Mode::Tap,
+            ..Setting::new(backend, offloads)
+        });
+        transfer(&wire, RIGHT.into(), 2 << 20);
+        transfer(&wire, RIGHT6.into(), 2 << 20);
+        let [left, right] = wire.end();
+        if offloads[1].is_empty() {
+            assert!(
+                right.cut_superpackets > 10 && left.merged_packets > 100,
+                "{left:?} {right:?}"
+            );
+        } else {
+            assert!(
+                right.sent_superpackets > 10 && left.sent_superpackets > 10,
+                "{left:?} {right:?}"
+            );
+        }
+    }
+}
+
+fn tcp_at_other_mtus(backend: Backend) {
+    for mtu in [1280, 4000, 9000] {
+        for offloads in [
+            [Offloads::all(); 2],
+            [Offloads::all(), Offloads::none()],
+            [Offloads::none(), Offloads::all()],
+        ] {
+            let wire = Wire::new(Setting {
+                mtu,
+                ..Setting::new(backend, offloads)
+            });
+            transfer(&wire, RIGHT.into(), 2 << 20);
+            transfer(&wire, RIGHT6.into(), 2 << 20);
+            wire.end();
+        }
+    }
+}
+
+/// A packet socket sends a tagged superpacket to the device; it comes to the worker as one, and goes out in pieces that have the tag.
+fn tagged_frames(backend: Backend) {
+    let device = Builder::new("tagged", Mode::Tap)
+        .offloads(Offloads::all())
+        .up(true)
+        .open()
+        .unwrap();
+    let index = device.device().unwrap().index();
+    let mut worker = Worker::new(&config(backend)).unwrap();
+    let port = worker.attach(device.into_queues().remove(0)).unwrap();
+    let payload = pattern(20_000, 11);
+    let (_, ip) = tcp_superpacket(&payload, 1_000);
+    let tagged = [&[2; 12][..], &[0x81, 0, 0, 7, 8, 0], &ip].concat();
+    // SAFETY: the calls take no pointers but to locals that outlive them; the descriptor is new and ours.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    };
+    option(&socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1);
+    let mut frame = header(1, 1_000, 18 + 20, 16).to_bytes().to_vec();
+    // The packet socket wants to know how long the headers are.
+    frame[2..4].copy_from_slice(&58_u16.to_ne_bytes());
+    frame.extend(&tagged);
+    // The socket leaves the pseudo-header's sum to the sender.
+    let pseudo = tun_driver::offload::checksum::pseudo_header(&ip[12..16], &ip[16..20], 6, ip.len() as u32 - 20);
+    let field = 10 + 18 + 20 + 16;
+    frame[field..field + 2].copy_from_slice(&pseudo.seed());
+    // SAFETY: all zero is a value of it.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = 0x8100_u16.to_be();
+    address.sll_ifindex = index as i32;
+    // SAFETY: the frame and the address live through the call.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            frame.as_ptr().cast(),
+            frame.len(),
+            0,
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    };
+    assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
+    let (mut batch, mut whole) = (Batch::with_capacity(8), Batch::with_capacity(64));
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        assert!(Instant::now() < deadline);
+        worker.recv_many(port, &mut batch).unwrap();
+        batch.retain_mut(|packet| packet[12..].starts_with(&[0x81, 0, 0, 7]));
+        if !batch.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(batch.len(), 1);
+    let Ok(Meta::Gso(gso)) = batch[0].meta() else {
+        panic!("{batch:?}")
+    };
+    assert_eq!((gso.size, gso.headers.network, gso.headers.transport), (1_000, 18, 38));
+    assert_eq!(batch.split_into(&mut whole), 20);
+    let mut got = Vec::new();
+    for segment in &whole {
+        assert_eq!(segment[..18], tagged[..18]);
+        let sliced = etherparse::SlicedPacket::from_ethernet(segment).unwrap();
+        let (Some(etherparse::NetSlice::Ipv4(ip)), Some(etherparse::TransportSlice::Tcp(tcp))) =
+            (sliced.net, sliced.transport)
+        else {
+            panic!("{segment:?}")
+        };
+        let checksum = tcp
+            .to_header()
+            .calc_checksum_ipv4(&ip.header().to_header(), tcp.payload())
+            .unwrap();
+        assert_eq!(tcp.checksum(), checksum);
+        got.extend_from_slice(tcp.payload());
+    }
+    assert_eq!(got, payload);
+}
+
+const UDP: libc::c_int = 17;
+const UDP_SEGMENT: libc::c_int = 103;
+const UDP_GRO: libc::c_int = 104;
+
+fn option(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) {
+    // SAFETY: the option takes an int.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            option,
+            (&raw const value).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+}
+
+/// Sends numbered datagrams of 1,000 bytes in groups of 40 and one short one; they arrive as they were, in order, to sockets with and without GRO.
+fn datagrams(wire: &Wire, to: IpAddr, gro: bool) {
+    const GROUPS: usize = 50;
+    let (tell, told) = mpsc::channel();
+    thread::scope(|scope| {
+        let receiver = scope.spawn(|| {
+            wire.ends[1]
+                .run(move || {
+                    let socket = UdpSocket::bind((to, 0)).unwrap();
+                    if gro {
+                        option(&socket, UDP, UDP_GRO, 1);
+                    }
+                    option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20);
+                    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                    tell.send(socket.local_addr().unwrap()).unwrap();
+                    let (mut buffer, mut bytes) = (vec![0; 70_000], Vec::new());
+                    while bytes.len() < GROUPS * (40_000 + 77) {
+                        let len = socket.recv(&mut buffer).unwrap();
+                        bytes.extend_from_slice(&buffer[..len]);
+                    }
+                    bytes
+                })
+                .unwrap()
+        });
+        let address: SocketAddr = told.recv().unwrap();
+        wire.ends[0]
+            .run(|| {
+                let socket =
+                    UdpSocket::bind((if to.is_ipv4() { IpAddr::from(LEFT) } else { LEFT6.into() }, 0)).unwrap();
+                option(&socket, UDP, UDP_SEGMENT, 1_000);
+                for group in 0..GROUPS {
+                    let bytes = pattern(40_077, group as u64 + 1);
+                    assert_eq!(socket.send_to(&bytes, address).unwrap(), bytes.len());
+                    thread::sleep(Duration::from_millis(1));
+                }
+            })
+            .unwrap();
+        let received = receiver.join().unwrap();
+        let expected: Vec<u8> = (0..GROUPS)
+            .flat_map(|group| pattern(40_077, group as u64 + 1))
+            .collect();
+        assert_eq!(received.len(), expected.len());
+        assert_eq!(hash(&received), hash(&expected));
+    });
+}
+
+fn udp_combinations(backend: Backend) {
+    for offloads in [
+        [Offloads::all(); 2],
+        [Offloads::all(), Offloads::none()],
+        [Offloads::none(), Offloads::all()],
+        [Offloads::CSUM, Offloads::all()],
+        [Offloads::all(), Offloads::TSO4],
+    ] {
+        let wire = Wire::new(Setting::new(backend, offloads));
+        for to in [IpAddr::from(RIGHT), RIGHT6.into()] {
+            datagrams(&wire, to, false);
+            datagrams(&wire, to, true);
+        }
+        let [_, right] = wire.end();
+        if common::kernel() >= (6, 2) {
+            match offloads.map(|set| set.contains(Offloads::USO)) {
+                [true, true] => assert!(
+                    right.sent_superpackets >= 100 && right.cut_superpackets == 0,
+                    "{right:?}"
+                ),
+                [true, false] => assert!(right.cut_superpackets >= 100, "{right:?}"),
+                [false, true] => assert!(right.merged_packets >= 1_000, "{right:?}"),
+                _ => {}
+            }
+        }
+    }
+}
+
+fn split_by_hand(backend: Backend) {
+    let wire = Wire::new(Setting {
+        between: Some(|batch, whole| {
+            batch.split_into(whole);
+            assert!(
+                whole
+                    .iter()
+                    .all(|packet| packet.len() <= 1500 && packet.meta() == Ok(Meta::Plain)
+                        || packet.meta() == Ok(Meta::Verified))
+            );
+        }),
+        ..Setting::new(backend, [Offloads::all(); 2])
+    });
+    transfer(&wire, RIGHT.into(), 4 << 20);
+    transfer(&wire, RIGHT6.into(), 4 << 20);
+    let [_, right] = wire.end();
+    assert!(right.merged_packets > 1_000, "cut, and merged again: {right:?}");
+}
+
+/// A superpacket of TCP over IPv4, from `LEFT` to `RIGHT`, with a driver's header that says so.
+fn tcp_superpacket(payload: &[u8], size: u16) -> (VnetHdr, Vec<u8>) {
+    let total = 40 + payload.len();
+    let mut packet = vec![0x45, 0, (total >> 8) as u8, total as u8, 0, 1, 0x40, 0, 64, 6, 0, 0];
+    packet.extend(LEFT.octets());
+    packet.extend(RIGHT.octets());
+    packet.extend([0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 2, 0, 0, 0, 0, 0]);
+    packet.extend(payload);
+    let checksum = tun_driver::offload::checksum::sum(&packet[..20]).checksum();
+    packet[10..12].copy_from_slice(&checksum);
+    (header(1, size, 20, 16), packet)
+}
+
+/// The same of UDP, to a port.
+fn udp_superpacket(payload: &[u8], size: u16, port: u16) -> (VnetHdr, Vec<u8>) {
+    let total = 28 + payload.len();
+    let mut packet = vec![0x45, 0, (total >> 8) as u8, total as u8, 0, 1, 0x40, 0, 64, 17, 0, 0];
+    packet.extend(RIGHT.octets());
+    packet.extend(LEFT.octets());
+    packet.extend(9_000_u16.to_be_bytes());
+    packet.extend(port.to_be_bytes());
+    packet.extend(((total - 20) as u16).to_be_bytes());
+    packet.extend([0, 0]);
+    packet.extend(payload);
+    let checksum = tun_driver::offload::checksum::sum(&packet[..20]).checksum();
+    packet[10..12].copy_from_slice(&checksum);
+    let pseudo = tun_driver::offload::checksum::pseudo_header(&packet[12..16], &packet[16..20], 17, total as u32 - 20);
+    packet[26..28].copy_from_slice(&pseudo.seed());
+    (header(5, size, 20, 6), packet)
+}
+
+fn header(kind: u8, size: u16, start: u16, offset: u16) -> VnetHdr {
+    let mut bytes = [1, kind, 0, 0, 0, 0, 0, 0, 0, 0];
+    bytes[4..6].copy_from_slice(&size.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&start.to_ne_bytes());
+    bytes[8..10].copy_from_slice(&offset.to_ne_bytes());
+    VnetHdr::from_bytes(bytes)
+}
+
+/// A packet of a worker that is a superpacket.
+fn superpacket(worker: &Worker, (header, bytes): &(VnetHdr, Vec<u8>)) -> PacketBuf {
+    let mut packet = worker.packet_from(bytes).expect("a large buffer");
+    packet.set_meta(header.check(bytes, Link::None).unwrap()).unwrap();
+    packet
+}
+
+/// A worker with a device here.
+fn with_device(backend: Backend, offloads: Offloads) -> (Worker, PortId, Device) {
+    let device = Builder::new("super%d", Mode::Tun)
+        .offloads(offloads)
+        .address(LEFT, 24)
+        .up(true)
+        .open()
+        .unwrap();
+    let handle = device.device().unwrap().clone();
+    let mut worker = Worker::new(&WorkerConfig {
+        large_buffers: 32,
+        ..config(backend)
+    })
+    .unwrap();
+    let port = worker.attach(device.into_queues().remove(0)).unwrap();
+    (worker, port, handle)
+}
+
+fn split_bit_by_bit(backend: Backend) {
+    let worker = Worker::new(&WorkerConfig {
+        large_buffers: 4,
+        ..config(backend)
+    })
+    .unwrap();
+    let payload = pattern(10_000, 3);
+    let mut packet = superpacket(&worker, &tcp_superpacket(&payload, 1_000));
+    // Before the IP header, and so in front of each segment.
+    packet.prepend(b"outer").unwrap();
+    let mut got = Vec::new();
+    for (room, left) in [(3, 7), (1, 6), (4, 2), (5, 0)] {
+        let mut batch = Batch::with_capacity(room);
+        let count = packet.split_into(&mut batch).unwrap();
+        assert_eq!((count, batch.len()), (room.min(10 - got.len() / 1_000), batch.len()));
+        for segment in &batch {
+            assert!(segment.starts_with(b"outer") && segment.len() == 1_045 && segment.headroom() >= 64);
+            let sequence = u32::from_be_bytes(segment[29..33].try_into().unwrap());
+            assert_eq!(sequence as usize, 1 + got.len());
+            got.extend_from_slice(&segment[45..]);
+        }
+        batch.drain().for_each(drop);
+        assert_eq!(packet.is_superpacket(), left > 0);
+        if left > 0 {
+            let Ok(Meta::Gso(gso)) = packet.meta() else {
+                panic!("{packet:?}")
+            };
+            assert_eq!(gso.headers.end - gso.headers.payload, left * 1_000);
+        }
+    }
+    assert_eq!(got, payload);
+    assert!(packet.is_empty());
+    drop(packet);
+    let (free, all) = worker.buffers();
+    assert_eq!(free, all);
+}
+
+fn lent_segments(backend: Backend) {
+    let worker = Worker::new(&WorkerConfig {
+        large_buffers: 4,
+        ..config(backend)
+    })
+    .unwrap();
+    // More than 128.
+    let payload = pattern(3_000, 5);
+    let mut packet = superpacket(&worker, &tcp_superpacket(&payload, 10));
+    let mut segments = packet.segments().unwrap();
+    assert_eq!(segments.remaining(), 300);
+    let mut got = Vec::new();
+    while let Some(segment) = segments.next() {
+        got.extend_from_slice(&segment[40..]);
+    }
+    assert_eq!(got, payload);
+    let mut plain = worker.packet_from(b"plain").unwrap();
+    let mut segments = plain.segments().unwrap();
+    assert_eq!(segments.next().map(|segment| segment.to_vec()), Some(b"plain".to_vec()));
+    assert!(segments.next().is_none());
+}
+
+fn into_a_socket(backend: Backend) {
+    let mut worker = Worker::new(&WorkerConfig {
+        large_buffers: 4,
+        ..config(backend)
+    })
+    .unwrap();
+    Handle::new().unwrap().set_up(1, true).unwrap();
+    let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
+    receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+    sender.connect(receiver.local_addr().unwrap()).unwrap();
+    let port = worker.attach(sender).unwrap();
+    let payload = pattern(60_000, 9);
+    let mut batch = Batch::with_capacity(2);
+    let mut packet = superpacket(&worker, &tcp_superpacket(&payload, 900));
+    packet.prepend(b"tunnel").unwrap();
+    batch.push(packet).unwrap();
+    batch.push(worker.packet_from(b"behind").unwrap()).unwrap();
+    let mut got = Vec::new();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (2, 0, None));
+    let mut buffer = [0; 2_000];
+    while got.len() < payload.len() {
+        let len = receiver.recv(&mut buffer).unwrap();
+        assert!(buffer.starts_with(b"tunnel") && len <= 946);
+        assert_eq!(u16::from_be_bytes([buffer[8], buffer[9]]) as usize, len - 6);
+        got.extend_from_slice(&buffer[46..len]);
+    }
+    assert_eq!(got, payload);
+    let len = receiver.recv(&mut buffer).unwrap();
+    assert_eq!(buffer[..len], *b"behind");
+    let counters = worker.counters(port).unwrap();
+    assert_eq!(
+        (counters.sent_packets, counters.cut_superpackets, counters.cut_segments),
+        (2, 1, 67)
+    );
+}
+
+fn receiver() -> UdpSocket {
+    let receiver = UdpSocket::bind((LEFT, 0)).unwrap();
+    receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    receiver
+}
+
+fn received(receiver: &UdpSocket) -> Vec<u8> {
+    let mut buffer = [0; 70_000];
+    let len = receiver.recv(&mut buffer).unwrap();
+    buffer[..len].to_vec()
+}
+
+fn cut_in_place(backend: Backend) {
+    for (offloads, cut) in [(Offloads::none(), 20), (Offloads::CSUM, 20), (Offloads::all(), 0)] {
+        let (mut worker, port, _device) = with_device(backend, offloads);
+        let receiver = receiver();
+        let payload = pattern(20_000, 7);
+        let mut batch = Batch::with_capacity(1);
+        let bytes = udp_superpacket(&payload, 1_000, receiver.local_addr().unwrap().port());
+        batch.push(superpacket(&worker, &bytes)).unwrap();
+        let held: Vec<_> = std::iter::from_fn(|| worker.packet(1)).collect();
+        assert!(worker.packet(1).is_none());
+        let sent = worker.send_many(port, &mut batch);
+        assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 0, None), "{offloads}");
+        for piece in payload.chunks(1_000) {
+            assert_eq!(received(&receiver), piece, "{offloads}");
+        }
+        assert_eq!(worker.counters(port).unwrap().cut_segments, cut, "{offloads}");
+        drop(held);
+    }
+}
+
+/// The kernel takes no segments of 65,535 bytes (GSO_BY_FRAGS), which is a size like others to us.
+fn refused_by_the_kernel(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
+        skip("this kernel takes no UDP superpackets");
+    }
+    let receiver = receiver();
+    let to = receiver.local_addr().unwrap().port();
+    let mut batch = Batch::with_capacity(8);
+    for round in 0..20_u8 {
+        for (place, size) in [(0, 500), (1, 0xffff), (2, 500), (3, 0xffff), (4, 500)] {
+            let payload = [vec![round, place], vec![0; 998]].concat();
+            batch
+                .push(superpacket(&worker, &udp_superpacket(&payload, size, to)))
+                .unwrap();
+        }
+        let sent = worker.send_many(port, &mut batch);
+        assert_eq!((sent.accepted, sent.refused, sent.stopped), (5, 0, None));
+        for (place, size) in [(0, 500), (1, 1_000), (2, 500), (3, 1_000), (4, 500)] {
+            let first = received(&receiver);
+            assert_eq!((first[0], first[1], first.len()), (round, place, size), "in its place");
+            if size == 500 {
+                assert_eq!(received(&receiver), [0; 500]);
+            }
+        }
+    }
+    let counters = worker.counters(port).unwrap();
+    assert_eq!((counters.sent_packets, counters.refused_packets), (100, 0));
+    assert_eq!(counters.offloads_refused, 40);
+    assert!(
+        worker.port_info(port).unwrap().passes.contains(Offloads::USO),
+        "others were taken between"
+    );
+    // Only such: they are not tried for ever.
+    for _ in 0..20 {
+        batch
+            .push(superpacket(&worker, &udp_superpacket(&[7; 1_000], 0xffff, to)))
+            .unwrap();
+        assert_eq!(worker.send_many(port, &mut batch).accepted, 1);
+        assert_eq!(received(&receiver), [7; 1_000]);
+    }
+    assert_eq!(worker.counters(port).unwrap().offloads_refused, 56);
+    let passes = worker.port_info(port).unwrap().passes;
+    assert!(
+        !passes.contains(Offloads::USO) && passes.contains(Offloads::TSO4),
+        "{passes}"
+    );
+}
+
+/// Somebody else with a descriptor of the device makes the headers longer.
+fn lying_headers(backend: Backend) {
+    let device = Builder::new("lies", Mode::Tun)
+        .offloads(Offloads::all())
+        .address(LEFT, 24)
+        .up(true)
+        .open()
+        .unwrap();
+    let mut queues = device.into_queues();
+    let other = queues[0].as_fd().try_clone_to_owned().unwrap();
+    let mut worker = Worker::new(&config(backend)).unwrap();
+    let port = worker.attach(queues.remove(0)).unwrap();
+    let sender = UdpSocket::bind((LEFT, 0)).unwrap();
+    option(&sender, UDP, UDP_SEGMENT, 500);
+    let mut batch = Batch::with_capacity(8);
+    let set = |size: libc::c_int| {
+        // SAFETY: the request reads one int.
+        assert_eq!(
+            unsafe { libc::ioctl(other.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) },
+            0
+        );
+    };
+    let deadline = Instant::now() + Duration::from_secs(5);
+    set(20);
+    sender.send_to(&[1; 5_000], (RIGHT, 9)).unwrap();
+    loop {
+        match worker.recv_many(port, &mut batch) {
+            Err(error) if error.kind() == PortErrorKind::BadPacket => break,
+            Err(error) => panic!("{error}"),
+            // Other packets of the stack, of which the header says nothing.
+            Ok(_) => batch.clear(),
+        }
+        assert!(Instant::now() < deadline);
+    }
+    assert!(worker.counters(port).unwrap().bad_headers >= 1);
+    set(10);
+    sender.send_to(&[2; 5_000], (RIGHT, 9)).unwrap();
+    loop {
+        assert!(Instant::now() < deadline);
+        match worker.recv_many(port, &mut batch) {
+            Ok(_) | Err(_)
+                if batch
+                    .iter()
+                    .any(|packet| packet.is_superpacket() && packet.ends_with(&[2; 100])) =>
+            {
+                break;
+            }
+            _ => batch.clear(),
+        }
+    }
+}
+
+fn switched_off(backend: Backend) {
+    let off = Superpackets {
+        tso: false,
+        uso: false,
+        merge_tcp: false,
+        merge_udp: false,
+        ..Superpackets::default()
+    };
+    let wire = Wire::new(Setting {
+        superpackets: off,
+        ..Setting::new(backend, [Offloads::all(); 2])
+    });
+    transfer(&wire, RIGHT.into(), 1 << 20);
+    datagrams(&wire, RIGHT.into(), false);
+    let [left, right] = wire.end();
+    assert_eq!((left.sent_superpackets, right.sent_superpackets), (0, 0));
+    assert!(right.cut_superpackets > 10);
+}
+
+fn mangled(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    let mut batch = Batch::with_capacity(4);
+    let bytes = tcp_superpacket(&pattern(5_000, 1), 1_000);
+    let mut short = superpacket(&worker, &bytes);
+    short.truncate(3_000);
+    assert!(short.meta().is_err() && short.segments().is_err());
+    batch.push(short).unwrap();
+    let mut other = superpacket(&worker, &bytes);
+    other[0] = 0x65;
+    batch.push(other).unwrap();
+    batch.push(superpacket(&worker, &bytes)).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 2, None));
+    assert_eq!(sent.refusal.map(|error| error.kind()), Some(PortErrorKind::BadPacket));
+    assert_eq!(worker.counters(port).unwrap().refused.count(libc::EINVAL), 2);
+    let mut packet = worker.packet_from(&bytes.1[..100]).unwrap();
+    assert!(packet.set_meta(bytes.0.check(&bytes.1, Link::None).unwrap()).is_err());
+    assert_eq!(packet.meta(), Ok(Meta::Plain));
+}
+
+fn short_packets(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    let sender = UdpSocket::bind((LEFT, 0)).unwrap();
+    (0..200).for_each(|_| assert_eq!(sender.send_to(&[1; 100], (RIGHT, 9)).unwrap(), 100));
+    let mut batch = Batch::with_capacity(256);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while batch.len() < 200 {
+        assert!(Instant::now() < deadline);
+        worker.recv_many(port, &mut batch).unwrap();
+    }
+    // 32 large buffers could not hold them.
+    for packet in batch.iter_mut().filter(|packet| packet.ends_with(&[1; 100])) {
+        packet.finish_checksum().unwrap();
+        assert!(packet.headroom() >= 64 && packet.tailroom() < 4_096);
+    }
+    assert_eq!(worker.counters(port).unwrap().no_buffers, 0);
+}
+
+fn through_a_handoff(backend: Backend) {
+    let worker = Worker::new(&WorkerConfig {
+        large_buffers: 4,
+        ..config(backend)
+    })
+    .unwrap();
+    let mut other = Worker::new(&config(backend)).unwrap();
+    let (port, mut handoff) = other.open_handoff(16).unwrap();
+    let payload = pattern(30_000, 2);
+    let mut batch = Batch::with_capacity(2);
+    batch
+        .push(superpacket(&worker, &tcp_superpacket(&payload, 1_000)))
+        .unwrap();
+    let (mut got, mut arrived) = (Vec::new(), Batch::with_capacity(16));
+    while got.len() < payload.len() {
+        let _ = handoff.send_many(&mut batch);
+        assert!(other.try_recv_many(port, &mut arrived).unwrap() > 0);
+        for packet in &arrived {
+            assert_eq!(packet.meta(), Ok(Meta::Plain));
+            got.extend_from_slice(&packet[40..]);
+        }
+        arrived.clear();
+    }
+    assert_eq!(got, payload);
+    assert!(batch.is_empty());
+    // What is left to be finished is so on the other side.
+    let (_, bytes) = udp_superpacket(&[1; 10], 10, 9);
+    let mut packet = worker.packet_from(&bytes).unwrap();
+    packet.set_meta(Meta::Unfinished { start: 20, field: 26 }).unwrap();
+    batch.push(packet).unwrap();
+    let _ = handoff.send_many(&mut batch);
+    assert_eq!(other.try_recv_many(port, &mut arrived), Ok(1));
+    let mut finished = bytes.clone();
+    vnet::finish(&mut finished, 20, 26);
+    arrived[0].finish_checksum().unwrap();
+    assert_eq!(arrived[0][..], finished[..]);
+}
+
+fn persistent() {
+    common::need_tun();
+    common::need_program("ethtool", "ethtool");
+    let open = |offloads| {
+        Builder::new("keeps", Mode::Tun)
+            .offloads(offloads)
+            .attach_existing(true)
+            .persist(true)
+            .open()
+            .unwrap()
+    };
+    let told = |device: &MultiQueue| {
+        let ethtool = std::process::Command::new("ethtool")
+            .args(["-k", "keeps"])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&ethtool.stdout).into_owned();
+        (
+            text.contains("tcp-segmentation-offload: on"),
+            device.granted().offloads.has_superpackets(),
+        )
+    };
+    assert_eq!(told(&open(Offloads::all())), (true, true));
+    assert_eq!(told(&open(Offloads::none())), (false, false));
+    assert_eq!(told(&open(Offloads::CSUM)), (false, false));
+    assert_eq!(told(&open(Offloads::all())), (true, true));
+    let error = Builder::new("both", Mode::Tun)
+        .offloads(Offloads::CSUM)
+        .packet_info(true)
+        .open()
+        .unwrap_err();
+    assert!(error.detail().contains("packet_info"), "{error}");
+}
