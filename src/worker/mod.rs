@@ -8,6 +8,8 @@ mod handoff;
 mod moderation;
 mod outgoing;
 mod port;
+#[cfg(all(test, feature = "lab"))]
+mod refusals;
 mod ring;
 mod single;
 mod syscalls;
