@@ -10,6 +10,10 @@ set -euo pipefail
 self=$(readlink -f "$0")
 root=$(dirname "$(dirname "$self")")
 began_in=$PWD
+# Where cargo builds, for whoever has it build elsewhere; what is relative is so to the folder it runs in.
+target_dir=$(cd "$root" && readlink -m "${CARGO_TARGET_DIR:-target}")
+# ip and ethtool are there, which users' paths do not always have.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 usage() {
     cat <<USAGE
@@ -299,7 +303,7 @@ command_line() {
 }
 
 # The engine's side of the work.
-engine=("$root/target/release/tun-driver" throughput --topology "$topology" --mode "$mode" --queues "$queues" --flows "$flows"
+engine=("$target_dir/release/tun-driver" throughput --topology "$topology" --mode "$mode" --queues "$queues" --flows "$flows"
     --sizes "$sizes" --search "$search" --duration "$duration" --repeat "$repeat" --latency "$latency" --gen "$gen"
     --threads "$threads" --first-thread "$first_thread" --interface "$dev" --source "$source" --target "$target"
     --source-mac "$mac_gen" --target-mac "$dst_mac" --command "$(command_line)")
@@ -370,7 +374,7 @@ command -v cargo >/dev/null || [ -x "${engine[0]}" ] || die 77 "missing: Rust (c
 
 # Not inside, where there is no network.
 if command -v cargo >/dev/null && [ -z "${TUN_DRIVER_NO_BUILD:-}" ]; then
-    (cd "$root" && cargo build --quiet --release --features cli --bin tun-driver)
+    (cd "$root" && cargo build --quiet --release --features cli --bin tun-driver --target-dir "$target_dir")
 fi
 if [ "$gen" != builtin ] && [ "$(id -u)" -eq 0 ] && [ ! -e /proc/net/pktgen ]; then
     # Not every kernel has it; the tool says which generator it took.
