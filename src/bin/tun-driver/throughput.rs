@@ -434,6 +434,7 @@ impl Run<'_> {
             verify: options.verify,
             checksum: options.udp_checksum,
             append: options.append,
+            stop: self.stop,
         };
         Rig::new(&self.layout, &setup).map_err(|error| Failure::Failed(format!("{mode}: {error}")))
     }
@@ -482,6 +483,9 @@ impl Run<'_> {
         };
         let through = self.repeat(rig, mode, size, "MRR", most, repeats)?;
         let ceiling = self.results.rows.last().map_or(through, |row| row.measured.offered_pps);
+        if !mode.sends() {
+            eprintln!("{mode}, {size} B: the generator offers at most {ceiling:.0} packets per second");
+        }
         let goals: Vec<(f64, &'static str)> = options
             .search
             .iter()
@@ -576,7 +580,8 @@ impl Run<'_> {
                 what,
                 rate: lower,
                 upper,
-                generator_bound: searches.iter().all(|bounds| bounds[goal].generator_bound),
+                // The median is one of these then.
+                generator_bound: 2 * searches.iter().filter(|bounds| bounds[goal].generator_bound).count() > repeats,
                 complete: searches.iter().all(|bounds| bounds[goal].complete),
                 measured: measured.clone(),
             });
@@ -603,7 +608,9 @@ impl Run<'_> {
         }
         let rates: Vec<f64> = all.iter().map(|one| one.received_pps).collect();
         let rate = Spread::of(&rates).ok_or_else(|| Failure::Failed("a rate is no number".to_owned()))?;
-        let generator_bound = load.rate.is_none() && all.iter().all(|one| one.loss() == 0.0);
+        // Who sends is the generator itself, and is what is measured.
+        let lossless = all.iter().filter(|one| one.loss() == 0.0).count();
+        let generator_bound = load.rate.is_none() && !mode.sends() && 2 * lossless > all.len();
         // The one in the middle stands for all.
         all.sort_by(|one, other| one.received_pps.total_cmp(&other.received_pps));
         let measured = all.swap_remove(all.len() / 2);

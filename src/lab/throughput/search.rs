@@ -180,7 +180,11 @@ impl Search {
             .map(|goal| Bounds {
                 goal: goal.share,
                 lower: self.passed(goal).map(|(rate, _)| rate),
-                upper: self.failed(goal).unwrap_or(self.ceiling),
+                // A generator that could less later has not made the engine fail at what passed.
+                upper: self.failed(goal).unwrap_or_else(|| {
+                    let lower = self.passed(goal).map_or(0.0, |(rate, _)| rate);
+                    self.ceiling.max(lower)
+                }),
                 generator_bound: self.failed(goal).is_none() && self.passed(goal).is_some(),
                 complete: self.step(goal).is_none(),
             })

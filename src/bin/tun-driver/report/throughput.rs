@@ -430,7 +430,14 @@ fn rates(results: &Results) -> Table {
             "kpps",
             "packets received per second; lower bounds for NDR and PDR; median, least to greatest of the repeats",
         ),
-        ("upper", "the lowest rate that failed, kpps"),
+        (
+            "upper",
+            "the lowest rate that failed, kpps; where none did (generator-bound), the most that could be offered",
+        ),
+        (
+            "offered",
+            "packets offered per second in the trial shown, kpps; for MRR that is the generator's ceiling",
+        ),
         ("Gbit/s", "of frames with their frame check sequence (L2)"),
         ("loss", "share of what was offered in the trial shown"),
         ("dropped where", "by the counters of each place"),
@@ -485,6 +492,7 @@ fn rates(results: &Results) -> Table {
                 row.upper
                     .map_or(String::new(), |upper| numbers::short(upper.median / 1e3)),
             ),
+            Cell::of(numbers::short(one.offered_pps / 1e3)),
             Cell::of(numbers::short(one.l2_gbits())),
             Cell::of(percent_fine(one.loss())),
             Cell::of(places(one)),
