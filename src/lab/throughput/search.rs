@@ -368,4 +368,18 @@ mod tests {
         assert!(bounds.lower.unwrap() <= 400_000.0, "{bounds:?}");
         assert!(bounds.complete, "{bounds:?}");
     }
+
+    #[test]
+    fn a_generator_that_can_less_later_leaves_the_upper_bound_above_the_lower() {
+        let mut search = Search::new(&Settings::default(), &[0.0], 700_000.0).starting_at(690_000.0);
+        let mut asked = 0;
+        while let Some(trial) = search.next() {
+            asked += 1;
+            let kept = asked <= 2;
+            let rate = if kept { trial.rate } else { 600_000.0 };
+            search.record(trial, Outcome { rate, kept, loss: 0.0 });
+        }
+        let bounds = search.bounds()[0];
+        assert!(bounds.upper >= bounds.lower.unwrap(), "{bounds:?}");
+    }
 }

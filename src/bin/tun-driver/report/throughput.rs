@@ -63,21 +63,25 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> R
         };
         write(&format!("{name}.svg"), &html::alone(&title, &legend, plot))?;
     }
-    let took = Duration::from_secs_f64(results.seconds);
-    for group in groups(results) {
+    for (group, took) in groups(results) {
         for (tag, histogram) in &group.entries {
             write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram))?;
         }
         write(
             &format!("{}.hlog", group.name),
-            &histograms::hlog(&group, results.began, took)?,
+            &histograms::hlog(
+                &group,
+                results.began,
+                took,
+                "The interval is as long as the trial; the log's start is that of the run.",
+            )?,
         )?;
     }
     Ok(())
 }
 
-/// A group per mode, manner of waiting and load: the way as a whole (`all`), and each queue up to the engine.
-fn groups(results: &Results) -> Vec<Group<'_>> {
+/// A group per mode, manner of waiting and load: the way as a whole (`all`), and each queue up to the engine. And how long the trial was.
+fn groups(results: &Results) -> Vec<(Group<'_>, Duration)> {
     results
         .latencies
         .iter()
@@ -86,10 +90,8 @@ fn groups(results: &Results) -> Vec<Group<'_>> {
             let mut entries = vec![("all".to_owned(), &one.measured.latency)];
             let queues = one.measured.queue_latency.iter().enumerate();
             entries.extend(queues.map(|(queue, histogram)| (format!("q{queue}"), histogram)));
-            Group {
-                name: format!("latency-{}-{}B-{}-{}pct", one.mode, one.size, one.wait, one.share),
-                entries,
-            }
+            let name = format!("latency-{}-{}B-{}-{}pct", one.mode, one.size, one.wait, one.share);
+            (Group { name, entries }, one.measured.wall)
         })
         .collect()
 }
@@ -366,14 +368,8 @@ fn measured_json(one: &Measured) -> Value {
 
 fn provenance(results: &Results) -> Vec<(&'static str, String)> {
     let machine = &results.machine;
-    let measures = if machine.mitigations.is_empty() {
-        "none".to_owned()
-    } else {
-        machine.mitigations.join("; ")
-    };
     vec![
         ("Machine", machine.to_string()),
-        ("Mitigations", measures),
         (
             "Run",
             format!(
@@ -757,7 +753,7 @@ mod tests {
     #[test]
     fn each_load_has_its_histograms_with_a_tag_per_queue() {
         let results = results(0);
-        let groups = groups(&results);
+        let groups: Vec<_> = groups(&results).into_iter().map(|(group, _)| group).collect();
         assert_eq!(groups.len(), 3);
         for group in &groups {
             let tags: Vec<&str> = group.entries.iter().map(|(tag, _)| tag.as_str()).collect();
