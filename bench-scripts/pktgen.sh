@@ -324,6 +324,8 @@ engine=("$target_dir/release/tun-driver" throughput --topology "$topology" --mod
     --sizes "$sizes" --search "$search" --duration "$duration" --repeat "$repeat" --latency "$latency" --gen "$gen"
     --threads "$threads" --first-thread "$first_thread" --interface "$dev" --source "$source" --target "$target"
     --source-mac "$mac_gen" --target-mac "$dst_mac" --command "$(command_line)")
+commit=$(git -C "$root" describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || true)
+[ -z "$commit" ] || engine+=(--commit "$commit")
 [ -z "$backend" ] || engine+=(--backend "$backend")
 [ -z "$rate" ] || engine+=(--rate "$rate")
 [ "$count" = 0 ] || engine+=(--count "$count")

@@ -115,6 +115,9 @@ pub(crate) struct Options {
     /// What the report gives as the command that was run.
     #[arg(long, value_name = "TEXT", hide = true)]
     command: Option<String>,
+    /// The commit of the sources, for the report.
+    #[arg(long, value_name = "TEXT", hide = true)]
+    commit: Option<String>,
     /// Print the JSON on standard output instead of the table.
     #[arg(long)]
     json: bool,
@@ -157,6 +160,8 @@ enum GeneratorName {
 pub(crate) struct Results {
     pub(crate) machine: Machine,
     pub(crate) command: String,
+    /// Of the sources, `-dirty` where they differ from it; none outside a repository.
+    pub(crate) commit: Option<String>,
     pub(crate) began: SystemTime,
     pub(crate) seconds: f64,
     pub(crate) topology: &'static str,
@@ -250,6 +255,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
                 let words: Vec<String> = std::env::args().skip(1).collect();
                 format!("tun-driver {}", words.join(" "))
             }),
+            commit: options.commit.clone(),
             began,
             seconds: 0.0,
             topology: match options.topology {

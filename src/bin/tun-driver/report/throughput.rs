@@ -273,6 +273,7 @@ pub(crate) fn json(results: &Results) -> Value {
         "tool_version": env!("CARGO_PKG_VERSION"),
         "verb": "throughput",
         "command": results.command,
+        "commit": results.commit,
         "began_unix_s": results.began.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         "duration_s": results.seconds,
         "machine": results.machine.to_json(),
@@ -395,6 +396,7 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
             ),
         ),
         ("Command", results.command.clone()),
+        ("Commit", results.commit.clone().unwrap_or_else(|| "unknown".to_owned())),
     ]
 }
 
@@ -675,6 +677,7 @@ mod tests {
         Results {
             machine: Machine::read(),
             command: "bench-scripts/pktgen.sh --mode <echo>".to_owned(),
+            commit: Some("abc".to_owned()),
             began: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
             seconds: 12.0,
             topology: "route, TUN",
