@@ -10,6 +10,10 @@ set -euo pipefail
 self=$(readlink -f "$0")
 root=$(dirname "$(dirname "$self")")
 began_in=$PWD
+# Where cargo builds, for whoever has it build elsewhere; what is relative is so to the folder it runs in.
+target_dir=$(cd "$root" && readlink -m "${CARGO_TARGET_DIR:-target}")
+# ip and ethtool are there, which users' paths do not always have.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 
 usage() {
     cat <<USAGE
@@ -155,7 +159,9 @@ one_of --topology "$topology" bridge route
 [ -z "$backend" ] || one_of --backend "$backend" io_uring syscalls
 for word in ${mode//,/ }; do one_of --mode "$word" recv recv-many send send-many echo forward; done
 for word in ${search//,/ }; do one_of --search "$word" ndr pdr none; done
-[ -n "$mode" ] || die 2 "--mode wants a mode"
+for word in "--mode $mode" "--search $search" ${sizes:+"--sizes $sizes"}; do
+    [[ ${word#* } =~ ^[^,]+(,[^,]+)*$ ]] || die 2 "$word: a list of words with commas between them is wanted"
+done
 number --queues "$queues" 1 256
 number --flows "$flows" 1 40000
 number --repeat "$repeat" 1 1000
@@ -165,18 +171,18 @@ number -n "$count" 0 4000000000
 number -w "$delay" 0 1000000000
 number -p "$dst_port" 1 65535
 [ -z "$rate" ] || number --rate "$rate" 1 1000000000
-[[ $duration =~ ^[0-9]*\.?[0-9]+$ ]] || die 2 "--duration $duration: seconds, such as 1 or 0.5"
+[[ $duration =~ ^[0-9]{0,7}\.?[0-9]+$ && $duration =~ [1-9] ]] || die 2 "--duration $duration: seconds, such as 1 or 0.5"
 [[ $dev =~ ^[A-Za-z0-9_.-]{1,15}$ ]] || die 2 "-i $dev: the name of a link has at most 15 letters"
 [ "$clone" = 0 ] || die 2 "-c $clone: a veth hands each buffer on to its other end, so that it cannot be sent again; only 0 is possible"
 [ "$burst" = 1 ] || die 2 "-b $burst: a veth takes no bursts from pktgen; only 1 is possible"
 if [ -n "$pkt_size" ]; then
     [ -z "$sizes" ] || die 2 "-s and --sizes say the same thing; give one"
     number -s "$pkt_size" 60 1514
-    sizes=$((pkt_size + 4))
+    sizes=$((10#$pkt_size + 4))
 fi
-if [ "$delay" != 0 ]; then
+if [ $((10#$delay)) -ne 0 ]; then
     [ -z "$rate" ] || die 2 "-w and --rate say the same thing; give one"
-    rate=$((1000000000 / delay))
+    rate=$((1000000000 / 10#$delay))
 fi
 [ -n "$sizes" ] || sizes=$([ -n "$ip6" ] && echo 82,1518 || echo 64,1518)
 for word in ${sizes//,/ }; do
@@ -194,7 +200,19 @@ else
     family=-4 here=198.18.0.1/24 peer=198.18.0.2 far=198.18.1.1/24 far_peer=198.18.1.2 net=198.19.0.0/16
     source=198.18.0.2:20000 target=${dest_ip:-198.19.0.2}:$dst_port
 fi
-# A bridge hands on what is for somebody else; a router takes what is for itself.
+# Links of the script's own have these, and a router hands nothing on to what is no host.
+if [ -n "$ip6" ]; then
+    [[ -z $dest_ip || $dest_ip =~ ^[0-9a-fA-F]{1,4}:[0-9a-fA-F:]+$ ]] || die 2 "-d $dest_ip: an IPv6 address such as fd00:19::2"
+    [[ ! ${dest_ip,,} =~ ^(ff|fe80:|fd00:18:|fd00:20:) ]] || die 2 "-d $dest_ip: not of fd00:18::/64 and fd00:20::/64, which the links have, nor of a group or link"
+else
+    byte='(0|[1-9][0-9]?|1[0-9][0-9]|2[0-4][0-9]|25[0-5])'
+    [[ -z $dest_ip || $dest_ip =~ ^$byte(\.$byte){3}$ ]] || die 2 "-d $dest_ip: an IPv4 address such as 198.19.0.2"
+    [[ ! $dest_ip =~ ^(0|127|22[4-9]|2[345][0-9])\. && ! $dest_ip =~ ^198\.18\.[01]\.(0|1|2|255)$ ]] ||
+        die 2 "-d $dest_ip: neither an address of the links (198.18.0.1, .2, 198.18.1.1, .2), nor of a group or this host"
+fi
+[[ -z $dst_mac || $dst_mac =~ ^[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}$ ]] ||
+    die 2 "-m $dst_mac: a hardware address of one device, such as $mac_dut"
+# A bridge hands on what is for somebody else; a router takes what is for itself, and gets this address.
 [ -n "$dst_mac" ] || dst_mac=$([ "$topology" = bridge ] && echo $mac_tap || echo $mac_dut)
 
 forwards=''
@@ -229,6 +247,9 @@ quiet() {
     setting "$ns" net/ipv6/conf/default/dad_transmits 0
     setting "$ns" net/ipv6/conf/default/router_solicitations 0
     setting "$ns" net/ipv6/conf/default/addr_gen_mode 1
+    # What a router reports of its groups goes at once, not within seconds, into a trial.
+    setting "$ns" net/ipv6/conf/default/mldv1_unsolicited_report_interval 1
+    setting "$ns" net/ipv6/conf/default/mldv2_unsolicited_report_interval 1
     setting "$ns" net/ipv4/conf/all/rp_filter 0
     setting "$ns" net/ipv4/conf/default/rp_filter 0
     setting "$ns" net/ipv4/ip_forward 1
@@ -281,8 +302,8 @@ topology() {
     else
         ip netns exec gen ethtool -K "$dev" tx off >/dev/null
     fi
-    side '' dut0 $mac_dut tun0 br0 "$here" "$peer" $mac_gen
-    [ "$topology" = bridge ] || act ip "$family" route add "$net" dev tun0
+    side '' dut0 "$dst_mac" tun0 br0 "$here" "$peer" $mac_gen
+    [ "$topology" = bridge ] || act ip "$family" route add "${dest_ip:-$net}" dev tun0
     [ -n "$forwards" ] || return 0
     act ip netns add out
     act ip netns add sink
@@ -291,7 +312,7 @@ topology() {
     act ip link add out0 netns out type veth peer name sink0 netns sink
     act ip -n sink link set sink0 address $mac_sink up
     side out out0 $mac_out tun1 br1 "$far" "$far_peer" $mac_sink
-    [ "$topology" = bridge ] || act ip -n out "$family" route add "$net" via "$far_peer" dev out0
+    [ "$topology" = bridge ] || act ip -n out "$family" route add "${dest_ip:-$net}" via "$far_peer" dev out0
 }
 
 command_line() {
@@ -299,10 +320,12 @@ command_line() {
 }
 
 # The engine's side of the work.
-engine=("$root/target/release/tun-driver" throughput --topology "$topology" --mode "$mode" --queues "$queues" --flows "$flows"
+engine=("$target_dir/release/tun-driver" throughput --topology "$topology" --mode "$mode" --queues "$queues" --flows "$flows"
     --sizes "$sizes" --search "$search" --duration "$duration" --repeat "$repeat" --latency "$latency" --gen "$gen"
     --threads "$threads" --first-thread "$first_thread" --interface "$dev" --source "$source" --target "$target"
     --source-mac "$mac_gen" --target-mac "$dst_mac" --command "$(command_line)")
+commit=$(git -C "$root" describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || true)
+[ -z "$commit" ] || engine+=(--commit "$commit")
 [ -z "$backend" ] || engine+=(--backend "$backend")
 [ -z "$rate" ] || engine+=(--rate "$rate")
 [ "$count" = 0 ] || engine+=(--count "$count")
@@ -314,6 +337,8 @@ engine+=(--out "$(readlink -m "$out")")
 
 if [ -n "$dry_run" ]; then
     echo "unshare --net --mount --propagation private    # all below happens in there"
+    echo "mount -t tmpfs none /run"
+    echo "mkdir -p /run/netns"
     topology
     echo "${engine[*]}"
     [ ! -x "${engine[0]}" ] || "${engine[@]}" --dry-run
@@ -323,7 +348,9 @@ fi
 # The second time, inside.
 if [ -n "${TUN_DRIVER_OUTSIDE:-}" ]; then
     inside=$(readlink /proc/self/ns/net)
-    [ "$inside" != "$TUN_DRIVER_OUTSIDE" ] || die 1 "this is no network namespace of its own; nothing was done"
+    # Nor is it that of whoever called, where that can be seen.
+    outside=$(readlink "/proc/$PPID/ns/net" || true)
+    [[ $inside != "$TUN_DRIVER_OUTSIDE" && $inside != "$outside" ]] || die 1 "this is no network namespace of its own; nothing was done"
     links=$(ip -o link show | grep -cv ': lo:' || true)
     [ "$links" = 0 ] || [ -z "$(ip -o link show type veth)" ] || die 1 "this network namespace is somebody's: it has links; nothing was done"
     # Names of namespaces live in a folder that nobody else sees.
@@ -331,13 +358,15 @@ if [ -n "${TUN_DRIVER_OUTSIDE:-}" ]; then
     mkdir -p /run/netns
     # Addresses and IPv6 of links that are there already (of tunnels that the kernel makes by itself) do not disturb.
     topology
-    code=0
+    code=0 interrupted=''
     # In the background, so that signals are dealt with at once.
     "${engine[@]}" &
     running=$!
-    trap 'kill -TERM $running 2>/dev/null || true' INT TERM HUP
+    trap 'interrupted=1; kill -TERM $running 2>/dev/null || true' INT TERM HUP
     while kill -0 $running 2>/dev/null; do wait $running && code=0 || code=$?; done
-    if [ -n "$keep" ]; then
+    if [ -n "$keep" ] && [ -z "$interrupted" ]; then
+        # Else bash goes on reading after the signal.
+        trap 'exit "$code"' INT TERM HUP
         echo "kept: nsenter --net --mount --target $$ leads in; Ctrl-C or the end of standard input ends it" >&2
         read -r _ || true
     fi
@@ -367,10 +396,11 @@ if [ ${#missing[@]} -gt 0 ]; then
 fi
 command -v cargo >/dev/null || [ -x "${engine[0]}" ] || die 77 "missing: Rust (cargo)"
 [ -c /dev/net/tun ] || die 77 "there is no /dev/net/tun: modprobe tun"
+[[ -r /dev/net/tun && -w /dev/net/tun ]] || die 77 "/dev/net/tun cannot be opened by this user: run as root, or chmod 666 /dev/net/tun"
 
 # Not inside, where there is no network.
 if command -v cargo >/dev/null && [ -z "${TUN_DRIVER_NO_BUILD:-}" ]; then
-    (cd "$root" && cargo build --quiet --release --features cli --bin tun-driver)
+    (cd "$root" && cargo build --quiet --release --features cli --bin tun-driver --target-dir "$target_dir")
 fi
 if [ "$gen" != builtin ] && [ "$(id -u)" -eq 0 ] && [ ! -e /proc/net/pktgen ]; then
     # Not every kernel has it; the tool says which generator it took.

@@ -115,6 +115,9 @@ pub(crate) struct Options {
     /// What the report gives as the command that was run.
     #[arg(long, value_name = "TEXT", hide = true)]
     command: Option<String>,
+    /// The commit of the sources, for the report.
+    #[arg(long, value_name = "TEXT", hide = true)]
+    commit: Option<String>,
     /// Print the JSON on standard output instead of the table.
     #[arg(long)]
     json: bool,
@@ -157,6 +160,8 @@ enum GeneratorName {
 pub(crate) struct Results {
     pub(crate) machine: Machine,
     pub(crate) command: String,
+    /// Of the sources, `-dirty` where they differ from it; none outside a repository.
+    pub(crate) commit: Option<String>,
     pub(crate) began: SystemTime,
     pub(crate) seconds: f64,
     pub(crate) topology: &'static str,
@@ -250,6 +255,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
                 let words: Vec<String> = std::env::args().skip(1).collect();
                 format!("tun-driver {}", words.join(" "))
             }),
+            commit: options.commit.clone(),
             began,
             seconds: 0.0,
             topology: match options.topology {
@@ -434,6 +440,7 @@ impl Run<'_> {
             verify: options.verify,
             checksum: options.udp_checksum,
             append: options.append,
+            stop: self.stop,
         };
         Rig::new(&self.layout, &setup).map_err(|error| Failure::Failed(format!("{mode}: {error}")))
     }
@@ -482,6 +489,9 @@ impl Run<'_> {
         };
         let through = self.repeat(rig, mode, size, "MRR", most, repeats)?;
         let ceiling = self.results.rows.last().map_or(through, |row| row.measured.offered_pps);
+        if !mode.sends() {
+            eprintln!("{mode}, {size} B: the generator offers at most {ceiling:.0} packets per second");
+        }
         let goals: Vec<(f64, &'static str)> = options
             .search
             .iter()
@@ -576,7 +586,8 @@ impl Run<'_> {
                 what,
                 rate: lower,
                 upper,
-                generator_bound: searches.iter().all(|bounds| bounds[goal].generator_bound),
+                // The median is one of these then.
+                generator_bound: 2 * searches.iter().filter(|bounds| bounds[goal].generator_bound).count() > repeats,
                 complete: searches.iter().all(|bounds| bounds[goal].complete),
                 measured: measured.clone(),
             });
@@ -603,7 +614,9 @@ impl Run<'_> {
         }
         let rates: Vec<f64> = all.iter().map(|one| one.received_pps).collect();
         let rate = Spread::of(&rates).ok_or_else(|| Failure::Failed("a rate is no number".to_owned()))?;
-        let generator_bound = load.rate.is_none() && all.iter().all(|one| one.loss() == 0.0);
+        // Who sends is the generator itself, and is what is measured.
+        let lossless = all.iter().filter(|one| one.loss() == 0.0).count();
+        let generator_bound = load.rate.is_none() && !mode.sends() && 2 * lossless > all.len();
         // The one in the middle stands for all.
         all.sort_by(|one, other| one.received_pps.total_cmp(&other.received_pps));
         let measured = all.swap_remove(all.len() / 2);

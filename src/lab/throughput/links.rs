@@ -23,8 +23,10 @@ pub(super) struct Counts {
 }
 
 /// Drops of IP by RFC 4293's names, as `/proc/net/snmp` and `/proc/net/snmp6` have them.
-const STACK: [&str; 6] = [
+/// IPv4's `InNoRoutes` is among the extensions in `/proc/net/netstat`.
+const STACK: [&str; 7] = [
     "InHdrErrors",
+    "InNoRoutes",
     "InAddrErrors",
     "InUnknownProtos",
     "InDiscards",
@@ -65,7 +67,8 @@ impl Links {
         let stack = self.namespace.run(|| {
             let text = fs::read_to_string("/proc/thread-self/net/snmp").unwrap_or_default();
             let six = fs::read_to_string("/proc/thread-self/net/snmp6").unwrap_or_default();
-            dropped_by_ip(&text) + dropped_by_ip6(&six)
+            let more = fs::read_to_string("/proc/thread-self/net/netstat").unwrap_or_default();
+            dropped_by_ip(&text, "Ip:") + dropped_by_ip(&more, "IpExt:") + dropped_by_ip6(&six)
         })?;
         Ok(Counts { links, stack })
     }
@@ -95,9 +98,9 @@ impl Counts {
     }
 }
 
-/// `/proc/net/snmp`: a line of names and a line of values.
-fn dropped_by_ip(text: &str) -> u64 {
-    let mut lines = text.lines().filter(|line| line.starts_with("Ip:"));
+/// `/proc/net/snmp`, `/proc/net/netstat`: a line of names and a line of values.
+fn dropped_by_ip(text: &str, protocol: &str) -> u64 {
+    let mut lines = text.lines().filter(|line| line.starts_with(protocol));
     let (Some(names), Some(values)) = (lines.next(), lines.next()) else {
         return 0;
     };
@@ -133,8 +136,11 @@ mod tests {
     #[test]
     fn what_ip_dropped_is_read_by_name() {
         let text = "Ip: Forwarding InReceives InHdrErrors InAddrErrors OutNoRoutes ForwDatagrams\nIp: 1 900 2 30 400 9\nIcmp: InMsgs InDiscards\nIcmp: 5 7\n";
-        assert_eq!(dropped_by_ip(text), 432);
-        assert_eq!(dropped_by_ip("nothing"), 0);
+        assert_eq!(dropped_by_ip(text, "Ip:"), 432);
+        assert_eq!(dropped_by_ip("nothing", "Ip:"), 0);
+        let text =
+            "TcpExt: A InNoRoutes\nTcpExt: 5 6\nIpExt: InNoRoutes InTruncatedPkts InMcastPkts\nIpExt: 70 800 9\n";
+        assert_eq!(dropped_by_ip(text, "IpExt:"), 70);
         let text = "Ip6InReceives   \t70\nIp6InHdrErrors  \t3\nIp6OutDiscards\t4\nIcmp6InDiscards\t8\n";
         assert_eq!(dropped_by_ip6(text), 7);
     }

@@ -117,6 +117,8 @@ pub struct Setup {
     pub checksum: bool,
     /// Whether pktgen's configuration is added to (`-a`).
     pub append: bool,
+    /// Ends a trial before its time, with what was offered until then.
+    pub stop: &'static AtomicBool,
 }
 
 /// What is offered in one trial.
@@ -467,6 +469,7 @@ impl Rig {
                 lengths,
                 rate: load.rate.map(|rate| rate as u64),
                 time,
+                stop: setup.stop,
             })?;
             let asked = load.rate.map_or(0.0, |rate| rate * time.as_secs_f64());
             return Ok(Emitted {
@@ -505,7 +508,7 @@ impl Rig {
             cpu: Some(self.setup.first_thread),
             ..generator::Config::new(self.layout.target)
         };
-        let run = || Generator::new(&config)?.run(&AtomicBool::new(false));
+        let run = || Generator::new(&config)?.run(self.setup.stop);
         let generated = self.generator_side.namespace().run(run)??;
         let refused = generated.refused.values().sum::<u64>();
         Ok(Emitted {
@@ -554,7 +557,10 @@ impl Rig {
             checksum: self.setup.checksum,
             append: self.setup.append,
         };
-        let sent = self.generator_side.namespace().run(|| config.run(load.time))??;
+        let sent = self
+            .generator_side
+            .namespace()
+            .run(|| config.run(load.time, self.setup.stop))??;
         let total: u64 = sent.threads.iter().sum();
         let wall = sent.time.max(Duration::from_micros(1));
         Ok(Emitted {

@@ -8,6 +8,8 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::lab::packet::Ethernet;
@@ -57,6 +59,9 @@ const FOLDER: &str = "/proc/thread-self/net/pktgen";
 
 /// The oldest source port plus flows may not go beyond this.
 const PORTS: u32 = 65_536;
+
+/// How often the stop flag is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// Whether the calling thread's namespace has pktgen and may use it; why not, otherwise.
 pub fn available() -> Result<(), String> {
@@ -126,28 +131,40 @@ impl Config {
     }
 
     /// Configures and runs it on the calling thread's namespace, and waits for its end, which comes after `count` packets or, with none,
-    /// after `time`.
+    /// after `time`; before that if `stop` is set.
     ///
     /// # Errors
     /// A file does not take a line: which, and what pktgen says to it.
-    pub fn run(&self, time: Duration) -> io::Result<Sent> {
+    pub fn run(&self, time: Duration, stop: &AtomicBool) -> io::Result<Sent> {
         for (file, line) in self.lines() {
             write(&file, &line)?;
         }
         let began = Instant::now();
-        if self.count == 0 {
-            // `start` comes back when all threads are done, which without a count is never.
-            std::thread::scope(|scope| {
-                let namespace = crate::lab::Namespace::current()?;
-                scope.spawn(move || {
-                    std::thread::sleep(time);
-                    let _ = namespace.enter().and_then(|()| write("pgctrl", "stop"));
-                });
-                write("pgctrl", "start")
-            })?;
-        } else {
-            write("pgctrl", "start")?;
-        }
+        // `start` comes back when all threads are done, which without a count is never.
+        let over = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let namespace = crate::lab::Namespace::current()?;
+            let over = &over;
+            let ender = scope.spawn(move || {
+                // Told again and again: before it runs, nothing can be stopped.
+                while !over.load(Ordering::Relaxed) {
+                    let left = match self.count {
+                        0 => time.saturating_sub(began.elapsed()),
+                        _ => LOOK,
+                    };
+                    if left.is_zero() || stop.load(Ordering::Relaxed) {
+                        let _ = namespace.enter().and_then(|()| write("pgctrl", "stop"));
+                        thread::park_timeout(LOOK);
+                    } else {
+                        thread::park_timeout(left.min(LOOK));
+                    }
+                }
+            });
+            let done = write("pgctrl", "start");
+            over.store(true, Ordering::Relaxed);
+            ender.thread().unpark();
+            done
+        })?;
         let took = began.elapsed();
         let mut sent = Sent::default();
         for thread in 0..self.threads {

@@ -180,7 +180,11 @@ impl Search {
             .map(|goal| Bounds {
                 goal: goal.share,
                 lower: self.passed(goal).map(|(rate, _)| rate),
-                upper: self.failed(goal).unwrap_or(self.ceiling),
+                // A generator that could less later has not made the engine fail at what passed.
+                upper: self.failed(goal).unwrap_or_else(|| {
+                    let lower = self.passed(goal).map_or(0.0, |(rate, _)| rate);
+                    self.ceiling.max(lower)
+                }),
                 generator_bound: self.failed(goal).is_none() && self.passed(goal).is_some(),
                 complete: self.step(goal).is_none(),
             })
@@ -363,5 +367,19 @@ mod tests {
         )[0];
         assert!(bounds.lower.unwrap() <= 400_000.0, "{bounds:?}");
         assert!(bounds.complete, "{bounds:?}");
+    }
+
+    #[test]
+    fn a_generator_that_can_less_later_leaves_the_upper_bound_above_the_lower() {
+        let mut search = Search::new(&Settings::default(), &[0.0], 700_000.0).starting_at(690_000.0);
+        let mut asked = 0;
+        while let Some(trial) = search.next() {
+            asked += 1;
+            let kept = asked <= 2;
+            let rate = if kept { trial.rate } else { 600_000.0 };
+            search.record(trial, Outcome { rate, kept, loss: 0.0 });
+        }
+        let bounds = search.bounds()[0];
+        assert!(bounds.upper >= bounds.lower.unwrap(), "{bounds:?}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver as Commands, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -59,6 +60,8 @@ pub(super) struct Emission {
     pub(super) lengths: Vec<usize>,
     pub(super) rate: Option<u64>,
     pub(super) time: Duration,
+    /// Ends it before its time.
+    pub(super) stop: &'static AtomicBool,
 }
 
 /// Packets that are due within this time go together, in nanoseconds.
@@ -420,7 +423,7 @@ impl State {
         let (mut turn, mut groups) = (0, 0);
         while done.due < total {
             let now = monotonic_ns();
-            if now >= end {
+            if now >= end || emission.stop.load(Ordering::Relaxed) {
                 break;
             }
             let ready = match schedule {

@@ -93,13 +93,13 @@ fn unused(name: &str, used: &mut Vec<String>) -> String {
     free
 }
 
-/// An interval log. The ways took turns all the time, so each histogram's interval is the whole run.
-pub(super) fn hlog(group: &Group<'_>, began: SystemTime, took: Duration) -> io::Result<String> {
+/// An interval log with one interval, which `told` says a word about.
+pub(super) fn hlog(group: &Group<'_>, began: SystemTime, took: Duration, told: &str) -> io::Result<String> {
     let mut out = Vec::new();
     let mut serializer = V2DeflateSerializer::new();
     let mut writer = IntervalLogWriterBuilder::new()
         .add_comment("[Histogram log format version 1.3]")
-        .add_comment("Values are nanoseconds. Each interval is the whole run: the ways took turns.")
+        .add_comment(&format!("Values are nanoseconds. {told}"))
         .with_start_time(began)
         .with_base_time(began)
         .with_max_value_divisor(1e6) // the log's own column for the maximum is in milliseconds, as the Java writer has it
@@ -186,7 +186,7 @@ mod tests {
         assert!(groups.len() >= 4, "round trips, rates, hand-over and acts");
         for group in &groups {
             let took = Duration::from_millis(95_500);
-            let log = hlog(group, results.began, took).unwrap();
+            let log = hlog(group, results.began, took, "A word.").unwrap();
             let mut entries = IntervalLogIterator::new(log.as_bytes()).map(|entry| entry.unwrap());
             let began = results.began.duration_since(SystemTime::UNIX_EPOCH).unwrap();
             assert_eq!(entries.next(), Some(LogEntry::StartTime(began)));

@@ -42,7 +42,12 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &serde_json:
         }
         write(
             &format!("{}.hlog", group.name),
-            &histograms::hlog(&group, results.began, took)?,
+            &histograms::hlog(
+                &group,
+                results.began,
+                took,
+                "Each interval is the whole run: the ways took turns.",
+            )?,
         )?;
     }
     Ok(())

@@ -218,7 +218,8 @@ pub(super) enum Mark {
 }
 
 pub(super) fn lines(plot: &Lines) -> Node {
-    let (left, right, top, bottom) = (46.0, WIDTH - 14.0, 26.0, 250.0);
+    // Room for "100 ms", in broad letters too.
+    let (left, right, top, bottom) = (54.0, WIDTH - 14.0, 26.0, 250.0);
     let x = |value: f64| left + plot.x.scale.place(value) * (right - left);
     let y = |value: f64| bottom - plot.y.scale.place(value) * (bottom - top);
     let ticks = |axis: &Axis| {
@@ -244,7 +245,7 @@ pub(super) fn lines(plot: &Lines) -> Node {
         );
         let half = label.chars().count() as f64 * LETTER / 2.0;
         if at - half >= beyond {
-            let shown = at.min(WIDTH - half);
+            let shown = at.min(WIDTH - half - 5.0);
             svg = svg.child(text(shown, bottom + 16.0, "middle", &label).class("tick"));
             beyond = shown + half + 4.0;
         }

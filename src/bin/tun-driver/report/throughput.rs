@@ -63,21 +63,25 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> R
         };
         write(&format!("{name}.svg"), &html::alone(&title, &legend, plot))?;
     }
-    let took = Duration::from_secs_f64(results.seconds);
-    for group in groups(results) {
+    for (group, took) in groups(results) {
         for (tag, histogram) in &group.entries {
             write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram))?;
         }
         write(
             &format!("{}.hlog", group.name),
-            &histograms::hlog(&group, results.began, took)?,
+            &histograms::hlog(
+                &group,
+                results.began,
+                took,
+                "The interval is as long as the trial; the log's start is that of the run.",
+            )?,
         )?;
     }
     Ok(())
 }
 
-/// A group per mode, manner of waiting and load: the way as a whole (`all`), and each queue up to the engine.
-fn groups(results: &Results) -> Vec<Group<'_>> {
+/// A group per mode, manner of waiting and load: the way as a whole (`all`), and each queue up to the engine. And how long the trial was.
+fn groups(results: &Results) -> Vec<(Group<'_>, Duration)> {
     results
         .latencies
         .iter()
@@ -86,10 +90,8 @@ fn groups(results: &Results) -> Vec<Group<'_>> {
             let mut entries = vec![("all".to_owned(), &one.measured.latency)];
             let queues = one.measured.queue_latency.iter().enumerate();
             entries.extend(queues.map(|(queue, histogram)| (format!("q{queue}"), histogram)));
-            Group {
-                name: format!("latency-{}-{}B-{}-{}pct", one.mode, one.size, one.wait, one.share),
-                entries,
-            }
+            let name = format!("latency-{}-{}B-{}-{}pct", one.mode, one.size, one.wait, one.share);
+            (Group { name, entries }, one.measured.wall)
         })
         .collect()
 }
@@ -271,6 +273,7 @@ pub(crate) fn json(results: &Results) -> Value {
         "tool_version": env!("CARGO_PKG_VERSION"),
         "verb": "throughput",
         "command": results.command,
+        "commit": results.commit,
         "began_unix_s": results.began.duration_since(SystemTime::UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         "duration_s": results.seconds,
         "machine": results.machine.to_json(),
@@ -366,14 +369,8 @@ fn measured_json(one: &Measured) -> Value {
 
 fn provenance(results: &Results) -> Vec<(&'static str, String)> {
     let machine = &results.machine;
-    let measures = if machine.mitigations.is_empty() {
-        "none".to_owned()
-    } else {
-        machine.mitigations.join("; ")
-    };
     vec![
         ("Machine", machine.to_string()),
-        ("Mitigations", measures),
         (
             "Run",
             format!(
@@ -399,6 +396,7 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
             ),
         ),
         ("Command", results.command.clone()),
+        ("Commit", results.commit.clone().unwrap_or_else(|| "unknown".to_owned())),
     ]
 }
 
@@ -430,7 +428,14 @@ fn rates(results: &Results) -> Table {
             "kpps",
             "packets received per second; lower bounds for NDR and PDR; median, least to greatest of the repeats",
         ),
-        ("upper", "the lowest rate that failed, kpps"),
+        (
+            "upper",
+            "the lowest rate that failed, kpps; where none did (generator-bound), the most that could be offered",
+        ),
+        (
+            "offered",
+            "packets offered per second in the trial shown, kpps; for MRR that is the generator's ceiling",
+        ),
         ("Gbit/s", "of frames with their frame check sequence (L2)"),
         ("loss", "share of what was offered in the trial shown"),
         ("dropped where", "by the counters of each place"),
@@ -485,6 +490,7 @@ fn rates(results: &Results) -> Table {
                 row.upper
                     .map_or(String::new(), |upper| numbers::short(upper.median / 1e3)),
             ),
+            Cell::of(numbers::short(one.offered_pps / 1e3)),
             Cell::of(numbers::short(one.l2_gbits())),
             Cell::of(percent_fine(one.loss())),
             Cell::of(places(one)),
@@ -671,6 +677,7 @@ mod tests {
         Results {
             machine: Machine::read(),
             command: "bench-scripts/pktgen.sh --mode <echo>".to_owned(),
+            commit: Some("abc".to_owned()),
             began: SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000),
             seconds: 12.0,
             topology: "route, TUN",
@@ -749,7 +756,7 @@ mod tests {
     #[test]
     fn each_load_has_its_histograms_with_a_tag_per_queue() {
         let results = results(0);
-        let groups = groups(&results);
+        let groups: Vec<_> = groups(&results).into_iter().map(|(group, _)| group).collect();
         assert_eq!(groups.len(), 3);
         for group in &groups {
             let tags: Vec<&str> = group.entries.iter().map(|(tag, _)| tag.as_str()).collect();
