@@ -5,6 +5,7 @@ mod common;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::net::{Ipv4Addr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
@@ -12,7 +13,7 @@ use common::{need_backend, trial};
 use tun_driver::lab::generator::{Config, Generator, Limit, Way};
 use tun_driver::lab::packet::Spec;
 use tun_driver::lab::receiver::Receiver;
-use tun_driver::{Backend, Batch, Builder, Mode, Worker, WorkerConfig};
+use tun_driver::{Backend, Batch, Builder, Mode, Offloads, Worker, WorkerConfig};
 
 /// Counts what the calling thread asks for.
 struct Counting;
@@ -55,7 +56,78 @@ fn main() {
         "the counting receiver allocates nothing, nor does the generator per packet",
         counting,
     );
-    common::run(trials.chain([counting]).collect())
+    let superpackets = [Backend::IoUring, Backend::Syscalls].into_iter().map(|backend| {
+        trial(
+            format!("cutting, merging and passing on allocate nothing {backend:?}"),
+            move || {
+                need_backend(backend);
+                superpackets(backend);
+            },
+        )
+    });
+    common::run(trials.chain(superpackets).chain([counting]).collect())
+}
+
+/// Superpackets of a socket are received, split by hand, merged again, passed on, and cut for a device without offloads and for a socket.
+fn superpackets(backend: Backend) {
+    let open = |name: &str, offloads, last: u8| {
+        let device = Builder::new(name, Mode::Tun)
+            .offloads(offloads)
+            .address(Ipv4Addr::new(10, last, 0, 1), 24)
+            .up(true);
+        device.open().unwrap().into_queues().remove(0)
+    };
+    let mut worker = Worker::new(&WorkerConfig {
+        backend: Some(backend),
+        ..WorkerConfig::default()
+    })
+    .unwrap();
+    let from = worker.attach(open("from", Offloads::all(), 11)).unwrap();
+    let same = worker.attach(open("same", Offloads::all(), 12)).unwrap();
+    let plain = worker.attach(open("plain", Offloads::none(), 13)).unwrap();
+    let socket = UdpSocket::bind("10.11.0.1:0").unwrap();
+    socket.connect("10.11.0.1:9").unwrap();
+    let udp = worker.attach(socket).unwrap();
+
+    let sender = UdpSocket::bind("10.11.0.1:0").unwrap();
+    let size: libc::c_int = 500;
+    // SAFETY: UDP_SEGMENT of linux/udp.h takes an int.
+    let set = unsafe { libc::setsockopt(sender.as_raw_fd(), 17, 103, (&raw const size).cast(), 4) };
+    assert_eq!(set, 0);
+    sender.connect("10.11.0.2:9").unwrap();
+    let bytes = vec![7; 20_000];
+    let (mut batch, mut whole) = (Batch::with_capacity(16), Batch::with_capacity(64));
+    let mut round = |worker: &mut Worker| {
+        for to in [same, plain, udp] {
+            for by_hand in [false, true] {
+                sender.send(&bytes).unwrap();
+                let deadline = Instant::now() + Duration::from_secs(5);
+                while !batch.iter().any(|packet| packet.ends_with(&[7; 100])) {
+                    assert!(Instant::now() < deadline);
+                    let _ = worker.recv_many(from, &mut batch);
+                }
+                if by_hand {
+                    while batch.split_into(&mut whole) > 0 {
+                        let _ = worker.send_many(to, &mut whole);
+                        whole.clear();
+                    }
+                } else {
+                    let _ = worker.send_many(to, &mut batch);
+                }
+                batch.clear();
+            }
+        }
+    };
+    (0..20).for_each(|_| round(&mut worker));
+    let before = ALLOCATIONS.with(Cell::get);
+    (0..100).for_each(|_| round(&mut worker));
+    assert_eq!(ALLOCATIONS.with(Cell::get) - before, 0);
+    let counters = worker.counters(same).unwrap();
+    assert!(
+        counters.merged_superpackets >= 100 || common::kernel() < (6, 2),
+        "{counters:?}"
+    );
+    assert!(worker.counters(plain).unwrap().cut_superpackets >= 100 || common::kernel() < (6, 2));
 }
 
 fn counting() {
