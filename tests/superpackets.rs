@@ -16,8 +16,8 @@ use tun_driver::lab::{Namespace, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
 use tun_driver::{
-    Backend, Batch, Builder, Counters, Device, Mode, MultiQueue, Offloads, PacketBuf, PortErrorKind, PortId,
-    Superpackets, Wait, Waker, Worker, WorkerConfig,
+    Backend, Batch, Builder, Counters, Device, Engine, Event, Handler, Mode, MultiQueue, Offloads, PacketBuf,
+    PortErrorKind, PortId, Superpackets, Wait, Waker, Worker, WorkerConfig,
 };
 
 fn main() {
@@ -47,6 +47,7 @@ fn main() {
             "a header that contradicts its packet is counted, and the port goes on",
             lying_headers,
         );
+        add("an engine tells that superpackets are refused", told_by_an_engine);
         add("switched off, nothing is passed or merged", switched_off);
         add("a packet that no longer fits is refused", mangled);
         add("short packets leave large buffers", short_packets);
@@ -770,6 +771,51 @@ fn refused_by_the_kernel(backend: Backend) {
     );
 }
 
+fn told_by_an_engine(backend: Backend) {
+    struct Idle;
+    impl Handler for Idle {
+        fn packets(&mut self, _: &mut Worker, _: PortId, _: &mut Batch) {}
+    }
+    let device = Builder::new("told", Mode::Tun)
+        .offloads(Offloads::all())
+        .address(LEFT, 24)
+        .up(true)
+        .open()
+        .unwrap();
+    if !device.granted().offloads.contains(Offloads::USO) {
+        skip("this kernel has no UDP superpackets");
+    }
+    let engine = Engine::builder()
+        .device(device)
+        .config(config(backend))
+        .start(|_| Ok(Idle))
+        .unwrap();
+    engine
+        .run_on(0, |_, worker| {
+            let port = worker.ports().next().unwrap();
+            let mut batch = Batch::with_capacity(1);
+            for _ in 0..16 {
+                let packet = superpacket(worker, &udp_superpacket(&[7; 1_000], 0xffff, 9));
+                batch.push(packet).unwrap();
+                assert_eq!(worker.send_many(port, &mut batch).accepted, 1);
+            }
+        })
+        .unwrap();
+    let events = engine.events();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        match events.next_within(deadline.saturating_duration_since(Instant::now())) {
+            Some(Event::OffloadsRefused { device, passes }) => {
+                assert_eq!(device, "told");
+                assert!(!passes.contains(Offloads::USO) && passes.contains(Offloads::TSO4));
+                break;
+            }
+            Some(_) => {}
+            None => panic!("not told"),
+        }
+    }
+}
+
 /// Somebody else with a descriptor of the device makes the headers longer.
 fn lying_headers(backend: Backend) {
     let device = Builder::new("lies", Mode::Tun)
@@ -787,10 +833,8 @@ fn lying_headers(backend: Backend) {
     let mut batch = Batch::with_capacity(8);
     let set = |size: libc::c_int| {
         // SAFETY: the request reads one int.
-        assert_eq!(
-            unsafe { libc::ioctl(other.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) },
-            0
-        );
+        let result = unsafe { libc::ioctl(other.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
+        assert_eq!(result, 0);
     };
     let deadline = Instant::now() + Duration::from_secs(5);
     set(20);

@@ -12,6 +12,7 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 
 use super::shared::Shared;
 use crate::device::Device;
+use crate::offload::Offloads;
 use crate::sys::{fd, notices};
 
 /// Something that happened to an engine.
@@ -47,6 +48,13 @@ pub enum Event {
         /// The message of the panic, or the error.
         why: String,
     },
+    /// The kernel refuses superpackets of a device in spite of what it granted. They go in pieces from now on, and nothing was lost.
+    OffloadsRefused {
+        /// What the device is called.
+        device: String,
+        /// What the worker that found out still passes on.
+        passes: Offloads,
+    },
     /// The engine was asked to stop, or stops because a worker failed. Told once; workers may still fail while they stop.
     Stopping,
 }
@@ -58,6 +66,12 @@ impl fmt::Display for Event {
             Self::Down { device } => write!(f, "{device} is down"),
             Self::MtuChanged { device, mtu } => write!(f, "{device} has an MTU of {mtu} bytes now"),
             Self::Gone { device } => write!(f, "{device} is gone"),
+            Self::OffloadsRefused { device, passes } => {
+                write!(
+                    f,
+                    "the kernel refuses superpackets of {device}; passed on from now on: {passes}"
+                )
+            }
             Self::WorkerFailed { worker, why } => write!(f, "worker {worker} failed: {why}"),
             Self::Stopping => f.write_str("the engine stops"),
         }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crossbeam_channel::Receiver;
 
 use super::control::Command;
+use super::events::Event;
 use super::handler::Handler;
 use super::report::{WorkerEnd, WorkerReport};
 use super::shared::Shared;
@@ -102,6 +103,9 @@ impl<H: Handler> Thread<H> {
                 handler.timer(&mut self.worker);
             }
             handler.flush(&mut self.worker);
+            if let Some((device, passes)) = self.worker.given_up() {
+                self.shared.events.send(Event::OffloadsRefused { device, passes });
+            }
         }
     }
 

@@ -35,6 +35,8 @@ pub use waker::Waker;
 use crate::Mode;
 use crate::buf::{Account, Arena, ArenaConfig, Batch, LARGE_PACKET, PacketBuf, RemoteBuf, SizeClass, leak_memory};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
+#[cfg(feature = "engine")]
+use crate::offload::Offloads;
 use crate::queue::Queue;
 use crate::stats::{Books, Counters, StatsReader, WorkerStats};
 use crate::sys::socket::Datagrams;
@@ -600,6 +602,14 @@ impl Worker {
     /// What a port takes, so that one can tell beforehand what becomes of a superpacket there; `None` if it was detached.
     pub fn port_info(&self, port: PortId) -> Option<PortInfo> {
         self.ports.find(port).map(|port| port.info())
+    }
+
+    /// A device whose superpackets were given up since the last call, and what its port still passes on.
+    #[cfg(feature = "engine")]
+    pub(crate) fn given_up(&mut self) -> Option<(String, Offloads)> {
+        let port = self.ports.iter_mut().find(|port| port.outgoing.untold)?;
+        port.outgoing.untold = false;
+        Some((name_of(&port.endpoint), port.outgoing.pass))
     }
 
     /// Switches what a port does with superpackets on or off, from the next packet on. Nothing is lost by it: what is not passed on is cut.

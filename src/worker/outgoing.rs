@@ -120,6 +120,8 @@ pub(super) struct OutgoingRules {
     /// Of that, what is switched on.
     pub(super) pass: Offloads,
     switches: Superpackets,
+    /// Something was given up, and nobody told yet.
+    pub(super) untold: bool,
     /// Refusals in a row: TCP over IPv4, over IPv6, UDP.
     refusals: [u32; 3],
 }
@@ -142,6 +144,7 @@ impl OutgoingRules {
             granted: pass,
             pass,
             switches: Superpackets::default(),
+            untold: false,
             refusals: [0; 3],
         }
     }
@@ -176,6 +179,7 @@ impl OutgoingRules {
     /// The kernel does not take this kind.
     pub(super) fn give_up(&mut self, kind: GsoType) {
         self.granted = self.granted - offload_of(kind);
+        self.untold = true;
         self.set(self.switches);
     }
 
