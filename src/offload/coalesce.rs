@@ -31,6 +31,22 @@
 //! counter, which a receiver of the superpacket would read wrong if packets with and without were one. The driver's header knows the former only, so
 //! such packets are left alone. Kernels before 6.15 merged what followed.
 //!
+//! # Where the kernel does otherwise
+//!
+//! Held against Linux 6.18 by `tests/oracle.rs`, batch by batch. None of it changes what the library's packets are once they are cut:
+//!
+//! | what | the kernel | here |
+//! |---|---|---|
+//! | wrong or no checksum, UDP without payload or of another length, IPv4 options, fragments | goes by at once, before what is held of its flow | ends the run |
+//! | another flow label or other IPv6 extension headers | another flow, with a run of its own beside | ends the run |
+//! | IPv4 identification stays, without DF | merges since 6.18, and cuts UDP to other numbers | alone |
+//! | IPv4 reserved bit | alone | equal |
+//! | padding behind the packet | looked at before it is cut off: ends TCP's run, goes by with UDP | left out |
+//! | TCP CWR | merges if on all; cut again before a TUN device, whose header cannot say it | alone |
+//! | many flows | eight runs per hash (`MAX_GRO_SKBS`); one more drives out the oldest | all of the batch |
+//! | many segments | 64 of UDP, any number of TCP | [`Limits::segments`] of either |
+//! | order of different flows | runs that ended, then those that were held | that of their first packets |
+//!
 //! # Order
 //!
 //! Groups come in the order of their first packets. No packet overtakes another of its flow: what does not join ends the flow's run. A packet
@@ -73,7 +89,7 @@ pub use super::split::HEADERS_MAX;
 /// What may become of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Segments of one superpacket: 64 for kernels before 6.9, 128 since.
+    /// Segments of one superpacket. Kernels before 6.9 take 64 datagrams of UDP, later ones 128, and refuse more (EINVAL); of TCP any number.
     pub segments: usize,
     /// Bytes of a superpacket from its IP header on, at most 65,535.
     pub bytes: usize,
