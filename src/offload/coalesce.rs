@@ -37,7 +37,8 @@
 //!
 //! | what | the kernel | here |
 //! |---|---|---|
-//! | wrong or no checksum, UDP without payload or of another length, IPv4 options, fragments | goes by at once, before what is held of its flow | ends the run |
+//! | wrong or no checksum, IPv4 options, fragments | goes by at once, before what is held of its flow | ends the run |
+//! | UDP without payload, or whose length is not IP's | the same | ends the run |
 //! | another flow label or other IPv6 extension headers | another flow, with a run of its own beside | ends the run |
 //! | IPv4 identification stays, without DF | merges since 6.18, and cuts UDP to other numbers | alone |
 //! | IPv4 reserved bit | alone | equal |
