@@ -14,10 +14,10 @@
 //! | IPv4 identification | counts up; with DF it may stay the same | `inet_gro_flush` |
 //! | IPv4 header checksum | right | `inet_gro_receive` |
 //! | TCP sequence number | follows | `tcp_gro_receive` |
-//! | TCP acknowledgement, window, options, flags but FIN, PSH and CWR | equal | `tcp_gro_receive` |
-//! | TCP CWR | on the first of a run only | `tcp_gro_receive` |
+//! | TCP acknowledgement, window, options, flags but FIN and PSH | equal | `tcp_gro_receive` |
 //! | TCP FIN, PSH, a shorter payload | ends the run, and is in it | `tcp_gro_receive` |
 //! | TCP SYN, RST, URG, no payload | alone | `tcp_gro_receive` |
+//! | TCP CWR | alone | below |
 //! | UDP payload | equal length; a shorter one ends the run, and is in it; none: alone | `udp_gro_receive_segment` |
 //! | TCP or UDP checksum | right ([`Limits::verify`]); none: alone | `skb_gro_checksum_validate` |
 //! | IPv4 options, fragments | alone | `inet_gro_receive` |
@@ -26,6 +26,27 @@
 //! So a packet with a wrong checksum stays as wrong as it was. UDP without a checksum (IPv4) goes alone, because a superpacket has no way to say that
 //! its segments have none. A TCP checksum written as 0xFFFF comes out of cutting as 0, which is the same number (RFC 1071). Where the identification
 //! stays the same, cutting the superpacket again makes it count up, which with DF nobody minds (RFC 6864).
+//!
+//! CWR means two things. For classic ECN (RFC 3168) it is said once, and may stand for a whole run; for accurate ECN (RFC 9768) it is a digit of a
+//! counter, which a receiver of the superpacket would read wrong if packets with and without were one. The driver's header knows the former only, so
+//! such packets are left alone. Kernels before 6.15 merged what followed.
+//!
+//! # Where the kernel does otherwise
+//!
+//! Held against Linux 6.18 by `tests/oracle.rs`, batch by batch. None of it changes what the library's packets are once they are cut:
+//!
+//! | what | the kernel | here |
+//! |---|---|---|
+//! | wrong or no checksum, IPv4 options, fragments | goes by at once, before what is held of its flow | ends the run |
+//! | UDP without payload, or whose length is not IP's | the same | ends the run |
+//! | another flow label or other IPv6 extension headers | another flow, with a run of its own beside | ends the run |
+//! | IPv4 identification stays, without DF | merges since 6.18, and cuts UDP to other numbers | alone |
+//! | IPv4 reserved bit | alone | equal |
+//! | padding behind the packet | looked at before it is cut off: ends TCP's run, goes by with UDP | left out |
+//! | TCP CWR | merges if on all; cut again before a TUN device, whose header cannot say it | alone |
+//! | many flows | eight runs per hash (`MAX_GRO_SKBS`); one more drives out the oldest | all of the batch |
+//! | many segments | 64 of UDP, any number of TCP | [`Limits::segments`] of either |
+//! | order of different flows | runs that ended, then those that were held | that of their first packets |
 //!
 //! # Order
 //!
@@ -69,7 +90,7 @@ pub use super::split::HEADERS_MAX;
 /// What may become of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Segments of one superpacket: 64 for kernels before 6.9, 128 since.
+    /// Segments of one superpacket. Kernels before 6.9 take 64 datagrams of UDP, later ones 128, and refuse more (EINVAL); of TCP any number.
     pub segments: usize,
     /// Bytes of a superpacket from its IP header on, at most 65,535.
     pub bytes: usize,
@@ -151,6 +172,9 @@ const RST: u8 = 0x04;
 const PSH: u8 = 0x08;
 const URG: u8 = 0x20;
 const CWR: u8 = 0x80;
+
+/// Flags of TCP with which a packet goes alone.
+const ALONE: u8 = SYN | RST | URG | CWR;
 
 impl Default for Limits {
     /// 64 segments, 65,535 bytes, TCP and UDP, verified.
@@ -356,9 +380,7 @@ impl GroTable {
         let Some(same_identification) = network_follows(packet, headers, first, &theirs, run) else {
             return false;
         };
-        if headers.protocol == TCP
-            && (flags & (CWR | SYN | RST | URG) != 0 || !tcp_follows(packet, headers, first, &theirs, run))
-        {
+        if headers.protocol == TCP && (flags & ALONE != 0 || !tcp_follows(packet, headers, first, &theirs, run)) {
             return false;
         }
         if headers.protocol == UDP && !(udp_is_sound(packet, headers) && udp_is_sound(first, &theirs)) {
@@ -462,7 +484,7 @@ impl<'a> Group<'a> {
         let gso = Gso {
             kind,
             size: run.size as u16,
-            ecn: headers.protocol == TCP && transport[13] & CWR != 0,
+            ecn: false, // CWR goes alone
             headers: Headers { end, ..headers },
         };
         Some((VnetHdr::of(&gso), to))
@@ -477,7 +499,7 @@ fn can_begin(packet: &[u8], headers: &Headers, payload: &Range<usize>) -> (bool,
         _ => 0,
     };
     let open = !payload.is_empty()
-        && flags & (FIN | PSH | SYN | RST | URG) == 0
+        && flags & (FIN | PSH | ALONE) == 0
         && !(headers.options && headers.version == Version::V4)
         && headers.payload <= HEADERS_MAX;
     (open, flags)
@@ -542,7 +564,7 @@ fn tcp_follows(packet: &[u8], headers: &Headers, first: &[u8], theirs: &Headers,
     ours.len() == old.len()
         && sequence(ours) == sequence(old).wrapping_add(run.payload as u32)
         && ours[8..13] == old[8..13]
-        && (ours[13] ^ old[13]) & !(FIN | PSH | CWR) == 0
+        && (ours[13] ^ old[13]) & !(FIN | PSH) == 0
         && ours[14..16] == old[14..16]
         && ours[20..] == old[20..]
 }
