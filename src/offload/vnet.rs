@@ -232,7 +232,7 @@ impl Gso {
 
 impl GsoType {
     /// Where the protocol has its checksum, from its own header's start.
-    pub(super) fn checksum_offset(self) -> usize {
+    pub(crate) fn checksum_offset(self) -> usize {
         match self {
             Self::Tcp4 | Self::Tcp6 => 16,
             Self::Udp => 6,
