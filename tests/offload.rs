@@ -567,6 +567,7 @@ fn whatever_differs_keeps_packets_apart() {
         ("SYN", 13, 0x02),
         ("RST", 13, 0x04),
         ("window", 15, 1),
+        ("urgent pointer", 19, 1),
         ("an option", 22, 4),
     ];
     let udp: &[Change] = &[("source port", 1, 1), ("target port", 3, 1)];

@@ -15,6 +15,7 @@
 //! | IPv4 header checksum | right | `inet_gro_receive` |
 //! | TCP sequence number | follows | `tcp_gro_receive` |
 //! | TCP acknowledgement, window, options, flags but FIN, PSH and CWR | equal | `tcp_gro_receive` |
+//! | TCP urgent pointer, although URG is not set | equal | none: it is taken from the first |
 //! | TCP CWR | on the first of a run only | `tcp_gro_receive` |
 //! | TCP FIN, PSH, a shorter payload | ends the run, and is in it | `tcp_gro_receive` |
 //! | TCP SYN, RST, URG, no payload | alone | `tcp_gro_receive` |
@@ -502,7 +503,7 @@ fn tcp_follows(packet: &[u8], headers: &Headers, first: &[u8], theirs: &Headers,
         && ours[8..13] == old[8..13]
         && (ours[13] ^ old[13]) & !(FIN | PSH | CWR) == 0
         && ours[14..16] == old[14..16]
-        && ours[20..] == old[20..]
+        && ours[18..] == old[18..]
 }
 
 /// Whether UDP's own length is that of the packet, and there is a checksum.
