@@ -25,8 +25,9 @@
 //! | length of the superpacket, number of its segments | [`Limits`] | `skb_gro_receive` |
 //!
 //! So a packet with a wrong checksum stays as wrong as it was. UDP without a checksum (IPv4) goes alone, because a superpacket has no way to say that
-//! its segments have none. A TCP checksum written as 0xFFFF comes out of cutting as 0, which is the same number (RFC 1071). Where the identification
-//! stays the same, cutting the superpacket again makes it count up, which with DF nobody minds (RFC 6864).
+//! its segments have none. A checksum of TCP or of an IPv4 header written as 0xFFFF comes out of cutting as 0, which is the same number (RFC 1071).
+//! Where the identification stays the same, cutting the superpacket again makes it count up, which with DF nobody minds (RFC 6864). What lies behind a
+//! packet's end by IP's own length is left out.
 //!
 //! # Order
 //!
