@@ -2,6 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use tun_driver::offload::split::HEADERS_MAX;
 use tun_driver::offload::{GsoType, Headers, Link, Meta, Plan, VnetHdr, vnet};
 use tun_driver_fuzz::{cut, wire};
 
@@ -28,7 +29,7 @@ fuzz_target!(|bytes: &[u8]| {
             assert_eq!((gso.size, gso.ecn), (size, header[1] & 0x80 != 0));
             let at = gso.headers;
             let tcp = gso.kind != GsoType::Udp;
-            if at.payload > vnet_headers_max() {
+            if at.payload > HEADERS_MAX {
                 assert!(Plan::new(&gso, packet).is_err());
                 return;
             }
@@ -57,10 +58,6 @@ fuzz_target!(|bytes: &[u8]| {
         Err(_) => (),
     }
 });
-
-fn vnet_headers_max() -> usize {
-    tun_driver::offload::split::HEADERS_MAX
-}
 
 /// Holds a segment's headers against the superpacket's, field by field, by the table of `split`.
 fn same_but_for_what_counts(

@@ -122,13 +122,15 @@ pub fn expected(packet: &[u8], first: &[u8], place: usize, link: Link) -> Vec<u8
     let mut packet = packet[..headers.end].to_vec();
     let ip = headers.network;
     if packet[ip] >> 4 == 4 {
+        let header = &mut packet[ip..headers.transport];
+        assert_eq!(wire::sum(0, header), 0xffff, "merged with a wrong checksum");
         // An identification that stays the same counts up; a checksum that is zero has one form.
-        if packet[ip + 4..ip + 6] == first[ip + 4..ip + 6] {
-            let identification = u16::from_be_bytes([first[ip + 4], first[ip + 5]]).wrapping_add(place as u16);
-            packet[ip + 4..ip + 6].copy_from_slice(&identification.to_be_bytes());
+        if header[4..6] == first[ip + 4..ip + 6] {
+            let identification = u16::from_be_bytes([header[4], header[5]]).wrapping_add(place as u16);
+            header[4..6].copy_from_slice(&identification.to_be_bytes());
         }
-        let checksum = wire::network_checksum(&packet[ip..headers.transport]);
-        packet[ip + 10..ip + 12].copy_from_slice(&checksum.to_be_bytes());
+        let checksum = wire::network_checksum(header);
+        header[10..12].copy_from_slice(&checksum.to_be_bytes());
     }
     let field = headers.transport + 16;
     if headers.protocol == 6 && packet[field..field + 2] == [0xff, 0xff] {
