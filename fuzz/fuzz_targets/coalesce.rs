@@ -8,7 +8,7 @@ use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use tun_driver::offload::headers::Version;
 use tun_driver::offload::{GroTable, HeaderFault, Headers, Limits, Link};
-use tun_driver_fuzz::{Ethernet, Shape, cut, expected, payload, shape, superpacket, wire};
+use tun_driver_fuzz::{Ethernet, Shape, cut, expected, payload, rarely, shape, superpacket, wire};
 
 #[derive(Debug)]
 struct Batch {
@@ -22,12 +22,12 @@ impl<'a> Arbitrary<'a> for Batch {
     fn arbitrary(bytes: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
         let link = Ethernet::arbitrary(bytes)?.link();
         let limits = Limits {
-            segments: if bytes.ratio(1, 4)? {
+            segments: if rarely(bytes, 4)? {
                 bytes.arbitrary::<u8>()?.into()
             } else {
                 64
             },
-            bytes: if bytes.ratio(1, 4)? {
+            bytes: if rarely(bytes, 4)? {
                 bytes.arbitrary::<u16>()?.into()
             } else {
                 65_535

@@ -5,7 +5,7 @@
 use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use tun_driver::offload::{GroTable, Limits, Meta, VnetHdr};
-use tun_driver_fuzz::{Shape, cut, expected, link, payload, shape, superpacket};
+use tun_driver_fuzz::{Shape, cut, expected, link, payload, rarely, shape, superpacket};
 
 #[derive(Debug)]
 enum Case {
@@ -52,12 +52,22 @@ fn runs(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Case> {
         if !flow.v6 {
             flow.extra = 0;
         }
-        let most = if bytes.ratio(1, 8)? { 9_000 } else { 400 };
+        let count = if rarely(bytes, 8)? {
+            bytes.int_in_range(1u8..=140)?
+        } else {
+            bytes.int_in_range(1..=9)?
+        };
+        // At most a little more than one superpacket.
+        let most = if rarely(bytes, 8)? {
+            (70_000 / usize::from(count)).min(20_000)
+        } else {
+            100
+        };
         let size = bytes.int_in_range(1..=most)?;
         // An identification that stays the same.
-        let stays = flow.keep_whole && bytes.ratio(1, 4)?;
+        let stays = flow.keep_whole && rarely(bytes, 4)?;
         left.push((
-            bytes.int_in_range(1u8..=140)?,
+            count,
             size,
             stays,
             bytes.int_in_range(1..=size)?,
@@ -98,16 +108,12 @@ fn whole(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Case> {
         shape.extra = 0;
     }
     let headers = shape.headers() - shape.network() - if shape.v6 { 40 } else { 0 };
-    let most = if bytes.ratio(1, 16)? { 65_535 - headers } else { 2_000 };
+    let most = if rarely(bytes, 16)? { 65_535 - headers } else { 2_000 };
     let len = bytes.int_in_range(0..=most)?;
     let size = bytes.int_in_range(1..=u16::MAX)?;
-    // Short ones of long superpackets are slow, and rare.
-    let least = if bytes.ratio(1, 8)? { 1 } else { (len / 100) as u16 };
-    let size = if bytes.ratio(3, 4)? {
-        (size % 1_500 + 1).max(least)
-    } else {
-        size
-    };
+    // Many of a long superpacket are slow, and rare.
+    let least = if rarely(bytes, 16)? { 1 } else { (len / 50) as u16 };
+    let size = if bytes.ratio(3, 4)? { size % 1_500 + 1 } else { size }.max(least);
     shape.payload = payload(bytes.arbitrary()?, len);
     Ok(Case::Whole {
         shape,

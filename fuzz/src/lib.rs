@@ -11,6 +11,11 @@ pub mod wire;
 
 pub use wire::Shape;
 
+/// Once in so many times; not when the bytes are used up.
+pub fn rarely(bytes: &mut Unstructured<'_>, times: u8) -> arbitrary::Result<bool> {
+    Ok(bytes.int_in_range(1..=times)? == times)
+}
+
 /// A shape without its payload.
 pub fn shape(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Shape> {
     let v6 = bytes.arbitrary()?;
@@ -18,12 +23,12 @@ pub fn shape(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Shape> {
     Ok(Shape {
         v6,
         tcp,
-        tags: if bytes.ratio(1, 4)? {
+        tags: if rarely(bytes, 4)? {
             Some(bytes.int_in_range(0..=2)?)
         } else {
             None
         },
-        extra: if bytes.ratio(1, 4)? {
+        extra: if rarely(bytes, 4)? {
             bytes.int_in_range(0..=if v6 { 8 } else { 4 })?
         } else {
             0
