@@ -15,6 +15,7 @@
 //! | IPv4 header checksum | right | `inet_gro_receive` |
 //! | TCP sequence number | follows | `tcp_gro_receive` |
 //! | TCP acknowledgement, window, options, flags but FIN and PSH | equal | `tcp_gro_receive` |
+//! | TCP urgent pointer, although URG is not set | equal | none: it is taken from the first |
 //! | TCP FIN, PSH, a shorter payload | ends the run, and is in it | `tcp_gro_receive` |
 //! | TCP SYN, RST, URG, no payload | alone | `tcp_gro_receive` |
 //! | TCP CWR | alone | below |
@@ -24,8 +25,9 @@
 //! | length of the superpacket, number of its segments | [`Limits`] | `skb_gro_receive` |
 //!
 //! So a packet with a wrong checksum stays as wrong as it was. UDP without a checksum (IPv4) goes alone, because a superpacket has no way to say that
-//! its segments have none. A TCP checksum written as 0xFFFF comes out of cutting as 0, which is the same number (RFC 1071). Where the identification
-//! stays the same, cutting the superpacket again makes it count up, which with DF nobody minds (RFC 6864).
+//! its segments have none. A checksum of TCP or of an IPv4 header written as 0xFFFF comes out of cutting as 0, which is the same number (RFC 1071).
+//! Where the identification stays the same, cutting the superpacket again makes it count up, which with DF nobody minds (RFC 6864). What lies behind a
+//! packet's end by IP's own length is left out.
 //!
 //! CWR means two things. For classic ECN (RFC 3168) it is said once, and may stand for a whole run; for accurate ECN (RFC 9768) it is a digit of a
 //! counter, which a receiver of the superpacket would read wrong if packets with and without were one. The driver's header knows the former only, so
@@ -566,7 +568,7 @@ fn tcp_follows(packet: &[u8], headers: &Headers, first: &[u8], theirs: &Headers,
         && ours[8..13] == old[8..13]
         && (ours[13] ^ old[13]) & !(FIN | PSH) == 0
         && ours[14..16] == old[14..16]
-        && ours[20..] == old[20..]
+        && ours[18..] == old[18..]
 }
 
 /// Whether UDP's own length is that of the packet, and there is a checksum.
