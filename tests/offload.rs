@@ -167,7 +167,9 @@ fn checked(packet: &[u8]) -> Vec<u8> {
             } else {
                 header.calc_checksum_ipv6_raw(sixteen(&ends.0), sixteen(&ends.1), tcp.payload())
             };
-            assert_eq!(tcp.checksum(), right.unwrap());
+            // Both forms of zero are right for TCP; the kernel writes either, and so does what does its work.
+            let number = |checksum: u16| if checksum == 0xffff { 0 } else { checksum };
+            assert_eq!(number(tcp.checksum()), number(right.unwrap()));
             tcp.payload().to_vec()
         }
         TransportSlice::Udp(udp) => {
