@@ -1144,7 +1144,6 @@ fn merge_rules(v6: bool, tcp: bool) {
         ("timestamp", 27, 1),
         ("echo", 31, 1),
         ("sequence", 6, 1),
-        ("urgent pointer", 19, 1),
         ("FIN", 13, FIN),
         ("SYN", 13, SYN),
         ("RST", 13, RST),
@@ -1159,6 +1158,18 @@ fn merge_rules(v6: bool, tcp: bool) {
     for (what, at, bits) in network.iter().copied().chain(fields.filter(|_| tcp)) {
         for (which, range) in WHICH {
             check(&format!("{what}, {which}"), &flipped(range, at, bits), Same);
+        }
+    }
+
+    // The kernel does not look at it where URG is not set, and writes that of the first packet into all; the library leaves each its own.
+    if tcp {
+        for (which, range) in WHICH {
+            let all = Other(vec![(0..6).collect()]);
+            check(
+                &format!("urgent pointer, {which}"),
+                &flipped(range, transport + 19, 1),
+                all,
+            );
         }
     }
 

@@ -45,6 +45,7 @@
 //! | IPv4 identification stays, without DF | merges since 6.18, and cuts UDP to other numbers | alone |
 //! | IPv4 reserved bit | alone | equal |
 //! | padding behind the packet | looked at before it is cut off: ends TCP's run, goes by with UDP | left out |
+//! | TCP urgent pointer without URG | that of the first packet in all | ends the run where it differs |
 //! | TCP CWR | merges if on all; cut again before a TUN device, whose header cannot say it | alone |
 //! | many flows | eight runs per hash (`MAX_GRO_SKBS`); one more drives out the oldest | all of the batch |
 //! | many segments | 64 of UDP, any number of TCP | [`Limits::segments`] of either |
