@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use tun_driver::{Batch, Builder, Mode, PortError, PortErrorKind, PortId, Queue, Worker};
+use tun_driver::{Batch, Builder, Mode, Offloads, PortError, PortErrorKind, PortId, Queue, Worker};
 
 /// How soon to try again when a device took no more.
 const RETRY: Duration = Duration::from_millis(1);
@@ -91,5 +91,7 @@ fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), PortError> {
 }
 
 fn open(builder: Builder, address: Ipv4Addr) -> Result<Queue, Box<dyn Error>> {
-    Ok(builder.address(address, 24).up(true).open()?.into_queues().remove(0))
+    // Superpackets go from one device to the other as they are.
+    let device = builder.offloads(Offloads::all()).address(address, 24).up(true).open()?;
+    Ok(device.into_queues().remove(0))
 }
