@@ -452,7 +452,7 @@ fn histogram() -> io::Result<Histogram<u64>> {
 }
 
 /// Runs `work` on a thread pinned to the last CPU that this process may use: the first one tends to have the interrupts.
-fn on_measuring_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+pub(super) fn on_measuring_thread<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     thread::scope(|scope| {
         let thread = thread::Builder::new()
             .name("measure".to_owned())
@@ -509,7 +509,7 @@ fn payload_len(load: Load) -> io::Result<usize> {
     }
 }
 
-fn expect<T: PartialEq + std::fmt::Debug>(expected: T, found: T) -> io::Result<()> {
+pub(super) fn expect<T: PartialEq + std::fmt::Debug>(expected: T, found: T) -> io::Result<()> {
     if expected == found {
         Ok(())
     } else {

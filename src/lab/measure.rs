@@ -171,6 +171,16 @@ pub struct Report {
     pub ways: Vec<WayReport>,
 }
 
+impl Report {
+    /// A figure of one way divided by that of another of the same round, over the rounds. `None` where one of them is not there or 0.
+    pub fn ratio(&self, figure: &str, way: &str, by: &str) -> Option<Spread> {
+        let samples = |name: &str| self.ways.iter().find(|way| way.name == name).map(|way| &way.samples);
+        let ratios = samples(way)?.iter().zip(samples(by)?);
+        let ratios = ratios.map(|(own, other)| own.figure(figure) / other.figure(figure));
+        Spread::of(&ratios.collect::<Vec<f64>>())
+    }
+}
+
 /// One way's part of a [`Report`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct WayReport {

@@ -22,6 +22,7 @@ pub mod cases;
 pub mod generator;
 pub mod measure;
 pub mod offered;
+pub mod offload_cases;
 pub mod packet;
 pub mod process;
 pub mod receiver;

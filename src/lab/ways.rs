@@ -7,8 +7,12 @@ use std::time::Duration;
 
 use super::cases::{Drained, Reply, Runner, Way, turn_around};
 use super::monotonic_ns;
+use super::offload_cases::granted;
+use crate::offload::{Link, VnetHdr};
 use crate::sys::{fd, tun};
-use crate::{Backend, Batch, Builder, Iface, Mode, PortError, PortId, Sent, Wait, Worker, WorkerConfig};
+use crate::{
+    Backend, Batch, Builder, Iface, Mode, Offloads, PacketBuf, PortError, PortId, Sent, Wait, Worker, WorkerConfig,
+};
 
 /// A loop over [`Iface::recv`] and [`Iface::send`] with one buffer: what the worker is compared with.
 #[derive(Clone, Copy, Debug)]
@@ -155,6 +159,7 @@ impl Way for PollLoop {
 pub struct ByWorker {
     name: String,
     config: WorkerConfig,
+    offloads: Offloads,
 }
 
 impl ByWorker {
@@ -179,6 +184,24 @@ impl ByWorker {
                 wait,
                 ..WorkerConfig::default()
             },
+            offloads: Offloads::none(),
+        }
+    }
+
+    /// The same on devices with these offloads. What is put into it by [`Runner::fill`] has the driver's header in front then.
+    pub fn with_offloads(self, offloads: Offloads) -> Self {
+        Self {
+            name: format!("{}, offloads", self.name),
+            offloads,
+            ..self
+        }
+    }
+
+    /// The same under another name.
+    pub fn renamed(self, name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..self
         }
     }
 }
@@ -192,7 +215,9 @@ impl Way for ByWorker {
         let mut worker = Worker::new(&self.config)?;
         let mut ports = Vec::with_capacity(devices.len());
         for name in devices {
-            for queue in Builder::new(name, Mode::Tun).open()?.into_queues() {
+            let device = Builder::new(name, Mode::Tun).offloads(self.offloads).open()?;
+            granted(device.granted().offloads, self.offloads)?;
+            for queue in device.into_queues() {
                 ports.push(worker.attach(queue)?);
             }
         }
@@ -201,6 +226,7 @@ impl Way for ByWorker {
             ports,
             received: Batch::with_capacity(BATCH),
             filled: Vec::new(),
+            header: !self.offloads.is_empty(),
         }))
     }
 }
@@ -210,6 +236,25 @@ struct WorkerRunner {
     ports: Vec<PortId>,
     received: Batch,
     filled: Vec<Batch>,
+    /// The driver's header is in front of what is filled in.
+    header: bool,
+}
+
+impl WorkerRunner {
+    /// A packet of these bytes, with what the driver's header says of it.
+    fn packet(&self, bytes: &[u8]) -> io::Result<PacketBuf> {
+        let (header, bytes) = match bytes.split_first_chunk() {
+            Some((header, bytes)) if self.header => (VnetHdr::from_bytes(*header), bytes),
+            _ => (VnetHdr::plain(), bytes),
+        };
+        let mut packet = self
+            .worker
+            .packet_from(bytes)
+            .ok_or_else(|| io::Error::other("no buffer is free"))?;
+        let meta = header.check(bytes, Link::None).map_err(io::Error::other)?;
+        packet.set_meta(meta).map_err(io::Error::other)?;
+        Ok(packet)
+    }
 }
 
 impl Runner for WorkerRunner {
@@ -229,10 +274,7 @@ impl Runner for WorkerRunner {
             .resize_with(count.div_ceil(BATCH), || Batch::with_capacity(BATCH));
         for number in 0..count {
             let no_room = |_| io::Error::other("the batch is full");
-            let packet = self
-                .worker
-                .packet_from(packet)
-                .ok_or_else(|| io::Error::other("no buffer is free"))?;
+            let packet = self.packet(packet)?;
             self.filled[number / BATCH].push(packet).map_err(no_room)?;
         }
         Ok(())

@@ -26,7 +26,10 @@ use super::process::MachineCpu;
 use super::receiver::{Receiver, SocketReceiver, Until};
 use super::{Namespace, Sandbox, Sink, process};
 use crate::netlink::{Handle, LinkStats};
-use crate::{Batch, Builder, Engine, Handler, Mode, MultiQueue, Placement, PortId, Seat, Worker, WorkerConfig};
+use crate::{
+    Batch, Builder, Engine, Handler, Mode, MultiQueue, Offloads, Placement, PortError, PortId, Seat, Worker,
+    WorkerConfig,
+};
 
 /// One way of carrying packets between two TUN devices.
 pub trait Carrier: Sync {
@@ -117,6 +120,8 @@ impl Drop for CarryingThreads {
 #[derive(Debug)]
 pub struct Wire {
     ends: [PortId; 2],
+    /// Where superpackets are cut first, if they are.
+    whole: Option<Batch>,
 }
 
 impl Wire {
@@ -124,14 +129,40 @@ impl Wire {
     pub fn new(seat: &mut Seat<'_>) -> Option<Self> {
         Some(Self {
             ends: [seat.port(0)?, seat.port(1)?],
+            whole: None,
         })
     }
+
+    /// The same, and superpackets are cut before they are sent.
+    pub fn cutting(self) -> Self {
+        Self {
+            whole: Some(Batch::with_capacity(CUT)),
+            ..self
+        }
+    }
 }
+
+/// Sends what was received: as it is, or cut into `whole` first. What is left of the latter could not be sent and is dropped, as on any wire. Returns why
+/// sending stopped.
+pub fn pass_on(worker: &mut Worker, to: PortId, batch: &mut Batch, whole: Option<&mut Batch>) -> Option<PortError> {
+    let Some(whole) = whole else {
+        return worker.send_many(to, batch).stopped;
+    };
+    let mut stopped = None;
+    while batch.split_into(whole) > 0 {
+        stopped = stopped.or(worker.send_many(to, whole).stopped);
+        whole.clear();
+    }
+    stopped
+}
+
+/// Packets that superpackets are cut into at once: what [`Worker::send_many`] looks at together.
+pub const CUT: usize = 128;
 
 impl Handler for Wire {
     fn packets(&mut self, worker: &mut Worker, port: PortId, batch: &mut Batch) {
         let other = self.ends[usize::from(port == self.ends[0])];
-        let _sent = worker.send_many(other, batch);
+        let _stopped = pass_on(worker, other, batch, self.whole.as_mut());
     }
 }
 
@@ -142,6 +173,10 @@ pub struct ByEngine {
     pub name: String,
     /// How its worker is made.
     pub config: WorkerConfig,
+    /// Of its devices.
+    pub offloads: Offloads,
+    /// Whether superpackets are cut before they are sent, so that they have to be merged again.
+    pub cut: bool,
 }
 
 impl Carrier for ByEngine {
@@ -150,16 +185,22 @@ impl Carrier for ByEngine {
     }
 
     fn open(&self, ends: [&Namespace; 2], device: &str) -> io::Result<Opened> {
-        let open = || Builder::new(device, Mode::Tun).open().map_err(io::Error::from);
+        let open = || {
+            let builder = Builder::new(device, Mode::Tun).offloads(self.offloads);
+            builder.open().map_err(io::Error::from)
+        };
         let [near, far]: [MultiQueue; 2] = open_both(ends, open)?;
-        let config = self.config.clone();
+        let (config, cut) = (self.config.clone(), self.cut);
         Ok(Box::new(move |cpu| {
             let engine = Engine::builder()
                 .device(near)
                 .device(far)
                 .placement(cpu.map_or(Placement::Unpinned, |cpu| Placement::Cores(vec![cpu])))
                 .config(config)
-                .start(|seat| Wire::new(seat).ok_or_else(|| "two devices are needed".into()))?;
+                .start(move |seat| {
+                    let wire = Wire::new(seat).ok_or("two devices are needed")?;
+                    Ok(if cut { wire.cutting() } else { wire })
+                })?;
             Ok(Box::new(engine))
         }))
     }
@@ -293,6 +334,8 @@ pub fn wire(
         .map(|(name, config)| ByEngine {
             name: (*name).to_owned(),
             config: config.clone(),
+            offloads: Offloads::none(),
+            cut: false,
         })
         .collect();
     let ways: Vec<&dyn Carrier> = engines.iter().map(|engine| engine as &dyn Carrier).collect();

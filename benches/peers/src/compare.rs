@@ -66,8 +66,13 @@ impl Table {
 
     /// The peer with the best median, of those up to this tier.
     pub(crate) fn best_peer(&self, shown: Shown, tier: u8) -> Option<usize> {
+        self.best_peer_of(shown, |entry| entry.tier <= tier)
+    }
+
+    /// The same of those that `wanted` says yes to.
+    pub(crate) fn best_peer_of(&self, shown: Shown, wanted: impl Fn(&Entry) -> bool) -> Option<usize> {
         let peers = self.entries.iter().enumerate();
-        let peers = peers.filter(|(_, entry)| entry.whose == Whose::Peer && entry.tier <= tier);
+        let peers = peers.filter(|(_, entry)| entry.whose == Whose::Peer && wanted(entry));
         let valued = peers.filter_map(|(place, _)| {
             let median = self.report.ways[place].figure(shown.name)?.value.median;
             Some((

@@ -22,10 +22,12 @@
 //! | tun-rs sync, busy | non-blocking receives, again and again; tier 2, what spinning has to be held against |
 //! | floor (raw ring) | hand-written on `io-uring`, everything fixed beforehand. No peer: the least that can be done with a ring |
 //! | tun_driver io_uring, syscalls | a `Worker` on each backend; between two devices an `Engine` with one worker. The default way of waiting unless `Block` or `Spin` is told; where nobody waits, it makes no difference |
+//! | tun_driver …, offload | superpackets go on as they came; tier 2, as the next |
+//! | tun_driver …, cut and merge | superpackets are cut (`Batch::split_into`), and the segments merged where they are sent |
 //! | tun_driver …, 2 threads | over the wire: a `Worker` per direction, as many threads as the loops that block have |
 //!
 //! Tier 1 has the same device flags for everybody: TUN, no packet info, no vnet header, one queue, MTU 1500, queue length 500. Tier 2 is what a
-//! library documents as its best beyond that. tun_driver has no offload yet, so it is in tier 2 as in tier 1.
+//! library documents as its best beyond that. Of tun_driver: `Offloads::all()` on both devices.
 //!
 //! # Method
 //!

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tun_driver::lab::measure::{CPU_NS, Machine, Spread};
 
 use crate::compare::{Against, Better, Shown, Table};
-use crate::ways::{BASELINE, OURS, PLAIN, TWO_THREADS, Whose, not_offered};
+use crate::ways::{BASELINE, CUTTING, OURS, PASSING, PLAIN, TWO_THREADS, Whose, not_offered};
 
 /// Everything that figures must be quoted with.
 pub(crate) struct Context {
@@ -212,12 +212,21 @@ impl Against {
     }
 }
 
+/// What stands for the best peer with offload.
+const OFFLOAD: &str = "offload";
+
+/// The peer with offload that has the best median.
+fn best_offload(table: &Table, shown: Shown) -> Option<usize> {
+    table.best_peer_of(shown, |entry| entry.tier == 2 && entry.name.ends_with(OFFLOAD))
+}
+
 /// The goals that the tables say something of.
 pub(crate) fn targets(tables: &[Table]) -> Vec<Target> {
     let mut found = Vec::new();
     let mut look = |title: &str, shown: Shown, way: &str, bound: f64, other: Option<&str>| {
         for table in tables.iter().filter(|table| table.title.starts_with(title)) {
             let peer = match other {
+                Some(OFFLOAD) => best_offload(table, shown),
                 Some(name) => table.place(name),
                 None => table.best_peer(shown, 1),
             };
@@ -254,6 +263,11 @@ pub(crate) fn targets(tables: &[Table]) -> Vec<Target> {
     for way in [OURS, TWO_THREADS] {
         look("wire, TCP:", gbit, way, 1.30, Some(BASELINE));
         look("wire, TCP:", lower("cpu_s_per_gb"), way, 0.75, Some(BASELINE));
+    }
+    for (ways, bound) in [(PASSING, 0.60), (CUTTING, 0.80)] {
+        for way in ways {
+            look("wire, TCP:", lower("cpu_s_per_gb"), way, bound, Some(OFFLOAD));
+        }
     }
     let spin = "tun_driver io_uring, Spin";
     look("latency:", lower("p50_us"), spin, 0.45, None);

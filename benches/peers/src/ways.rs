@@ -7,7 +7,7 @@ use std::time::Duration;
 use tun_driver::lab::cases::{Runner, Way};
 use tun_driver::lab::ways::ByWorker;
 use tun_driver::lab::wire::{ByEngine, Carrier};
-use tun_driver::{Backend, Wait, WorkerConfig};
+use tun_driver::{Backend, Offloads, Wait, WorkerConfig};
 
 use crate::floor::Floor;
 use crate::packets::{ByFloor, ByPacket, Waiting};
@@ -25,6 +25,20 @@ pub(crate) const OURS: &str = "tun_driver io_uring";
 
 /// The library with as many threads as the baseline has where packets go both ways.
 pub(crate) const TWO_THREADS: &str = "tun_driver io_uring, Block, 2 threads";
+
+/// The library with offloads on both devices: superpackets go on as they came. One worker, one per direction, one with system calls.
+pub(crate) const PASSING: [&str; 3] = [
+    "tun_driver io_uring, offload",
+    "tun_driver io_uring, Block, 2 threads, offload",
+    "tun_driver syscalls, offload",
+];
+
+/// The same, and each superpacket is cut into segments, which are merged again where they are sent.
+pub(crate) const CUTTING: [&str; 3] = [
+    "tun_driver io_uring, cut and merge",
+    "tun_driver io_uring, Block, 2 threads, cut and merge",
+    "tun_driver syscalls, cut and merge",
+];
 
 /// Whose way it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,15 +176,51 @@ pub(crate) fn carrying(tcp: bool) -> Carriers {
             wait,
             ..WorkerConfig::default()
         };
-        let name = name.to_owned();
-        take(Whose::Ours, 1, Box::new(ByEngine { name, config }));
+        let engine = ByEngine {
+            name: name.to_owned(),
+            config,
+            offloads: Offloads::none(),
+            cut: false,
+        };
+        take(Whose::Ours, 1, Box::new(engine));
     }
     for (name, wait) in [
         ("tun_driver io_uring, 2 threads", Wait::default()),
         (TWO_THREADS, Wait::Block),
     ] {
         let backend = Backend::IoUring;
-        take(Whose::Ours, 1, Box::new(ByTwoWorkers { name, backend, wait }));
+        let workers = ByTwoWorkers {
+            name,
+            backend,
+            wait,
+            offloads: Offloads::none(),
+            cut: false,
+        };
+        take(Whose::Ours, 1, Box::new(workers));
+    }
+    if tcp {
+        for [one, two, calls] in [PASSING, CUTTING] {
+            let (offloads, cut) = (Offloads::all(), one == CUTTING[0]);
+            let engine = |name: &str, backend| ByEngine {
+                name: name.to_owned(),
+                config: WorkerConfig {
+                    backend: Some(backend),
+                    ..WorkerConfig::default()
+                },
+                offloads,
+                cut,
+            };
+            let workers = ByTwoWorkers {
+                name: two,
+                backend: Backend::IoUring,
+                wait: Wait::Block,
+                offloads,
+                cut,
+            };
+            take(Whose::Ours, 2, Box::new(engine(one, Backend::IoUring)));
+            take(Whose::Ours, 2, Box::new(workers));
+            take(Whose::Ours, 2, Box::new(engine(calls, Backend::Syscalls)));
+        }
     }
     ways
 }
@@ -188,15 +238,11 @@ pub(crate) fn not_offered(case: &str) -> Vec<(&'static str, &'static str)> {
         "tun-tap, asynchronous",
         "not offered: its `Async` is for tokio-core 0.1, which was given up in 2018",
     ));
-    match case {
-        "wire-tcp" => told.push((
-            "tun_driver, offload",
-            "not offered yet: in tier 2 it takes part as in tier 1",
-        )),
-        _ => told.push((
-            "tun-rs, offload",
-            "not measured: it puts TCP segments together, and without it `recv_multiple` gives one packet per call",
-        )),
+    if case != "wire-tcp" {
+        told.push((
+            "tun-rs and tun_driver, offload",
+            "not measured: what is carried here are single packets, of which nothing is put together",
+        ));
     }
     told
 }
