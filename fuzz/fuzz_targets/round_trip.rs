@@ -187,8 +187,8 @@ fn cut_and_merge(shape: &Shape, size: u16, hdr_len: u16) {
         panic!("{:?}", said.check(&original, link))
     };
     let segments = cut(&gso, &original);
-    // IPv6 can say more than is merged.
-    if original.len() - shape.network() > 65_535 {
+    // IPv6 can say more than is merged, and CWR goes alone.
+    if original.len() - shape.network() > 65_535 || shape.tcp && shape.flags & CWR != 0 {
         return;
     }
     let limits = Limits {
