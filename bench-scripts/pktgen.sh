@@ -40,6 +40,7 @@ ours:
   --topology bridge|route        TAP in a bridge, or TUN behind a route (route)
   --mode MODE,…                  recv, recv-many, send, send-many, echo, forward (recv-many,send-many,echo)
   --backend io_uring|syscalls    how the engine talks to the kernel (the best that there is)
+  --offloads on|off              whether the engine's devices have all offloads that the kernel grants (OFFLOADS, off)
   --queues N                     queues, each with a worker (1)
   --flows N                      flows, by source port (64)
   --sizes BYTES,…|imix           frames with check sequence (64,1518)
@@ -69,6 +70,7 @@ die() {
 dev=${DEV:-gen0} pkt_size=${PKT_SIZE:-} dest_ip=${DEST_IP:-} dst_mac=${DST_MAC:-} dst_port=${DST_PORT:-9}
 threads=${THREADS:-1} first_thread=${F_THREAD:-0} clone=${SKB_CLONE:-0} count=${COUNT:-0} burst=${BURST:-1}
 delay=${DELAY:-0} ip6=${IP6:-} verbose=${VERBOSE:-} debug=${DEBUG:-} append=${APPEND:-}
+offloads=${OFFLOADS:-off}
 gen=auto topology=route mode=recv-many,send-many,echo backend='' queues=1 flows=64 sizes='' rate='' search='ndr,pdr'
 duration=1 repeat=3 latency=true out='' json='' dry_run='' keep='' install=''
 words=("$@")
@@ -104,7 +106,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=1 ;;
     --keep) keep=1 ;;
     --install) install=1 ;;
-    -[isdmptfcnbw] | --gen | --topology | --mode | --backend | --queues | --flows | --sizes | --rate | --search | --duration | --repeat | --out)
+    -[isdmptfcnbw] | --gen | --topology | --mode | --backend | --offloads | --queues | --flows | --sizes | --rate | --search | --duration | --repeat | --out)
         argument=$(value "$@")
         shift
         case $option in
@@ -123,6 +125,7 @@ while [ $# -gt 0 ]; do
         --topology) topology=$argument ;;
         --mode) mode=$argument ;;
         --backend) backend=$argument ;;
+        --offloads) offloads=$argument ;;
         --queues) queues=$argument ;;
         --flows) flows=$argument ;;
         --sizes) sizes=$argument ;;
@@ -153,6 +156,7 @@ number() {
 one_of --gen "$gen" auto pktgen builtin
 one_of --topology "$topology" bridge route
 [ -z "$backend" ] || one_of --backend "$backend" io_uring syscalls
+one_of --offloads "$offloads" on off
 for word in ${mode//,/ }; do one_of --mode "$word" recv recv-many send send-many echo forward; done
 for word in ${search//,/ }; do one_of --search "$word" ndr pdr none; done
 [ -n "$mode" ] || die 2 "--mode wants a mode"
@@ -268,6 +272,13 @@ side() {
     fi
 }
 
+# cut_in_front NAMESPACE LINK: what is larger than the MTU is cut before it is on the link, and checksums are finished.
+cut_in_front() {
+    local namespace=$1 link=$2
+    local command=(${namespace:+ip netns exec "$namespace"} ethtool -K "$link" tx off)
+    if [ -n "$dry_run" ]; then echo "${command[*]}"; else "${command[@]}" >/dev/null; fi
+}
+
 topology() {
     act ip link set lo up
     quiet '' router
@@ -276,11 +287,9 @@ topology() {
     act ip link add dut0 type veth peer name "$dev" netns gen
     act ip -n gen link set "$dev" address $mac_gen up
     # Frames as on a wire: checksums finished, nothing larger than the MTU.
-    if [ -n "$dry_run" ]; then
-        echo "ip netns exec gen ethtool -K $dev tx off"
-    else
-        ip netns exec gen ethtool -K "$dev" tx off >/dev/null
-    fi
+    cut_in_front gen "$dev"
+    # What the engine merges, too, so that frames are counted where they arrive.
+    [ "$offloads" = off ] || cut_in_front '' dut0
     side '' dut0 $mac_dut tun0 br0 "$here" "$peer" $mac_gen
     [ "$topology" = bridge ] || act ip "$family" route add "$net" dev tun0
     [ -n "$forwards" ] || return 0
@@ -290,6 +299,7 @@ topology() {
     quiet sink
     act ip link add out0 netns out type veth peer name sink0 netns sink
     act ip -n sink link set sink0 address $mac_sink up
+    [ "$offloads" = off ] || cut_in_front out out0
     side out out0 $mac_out tun1 br1 "$far" "$far_peer" $mac_sink
     [ "$topology" = bridge ] || act ip -n out "$family" route add "$net" via "$far_peer" dev out0
 }
@@ -304,6 +314,7 @@ engine=("$root/target/release/tun-driver" throughput --topology "$topology" --mo
     --threads "$threads" --first-thread "$first_thread" --interface "$dev" --source "$source" --target "$target"
     --source-mac "$mac_gen" --target-mac "$dst_mac" --command "$(command_line)")
 [ -z "$backend" ] || engine+=(--backend "$backend")
+[ "$offloads" = off ] || engine+=(--offloads "$offloads")
 [ -z "$rate" ] || engine+=(--rate "$rate")
 [ "$count" = 0 ] || engine+=(--count "$count")
 [ -z "$append" ] || engine+=(--append)
