@@ -5,7 +5,7 @@ setup() {
     script="$BATS_TEST_DIRNAME/pktgen.sh"
     host=$(readlink /proc/self/ns/net)
     out=$(mktemp -d)
-    unset DEV PKT_SIZE DEST_IP DST_MAC DST_PORT THREADS F_THREAD SKB_CLONE COUNT BURST DELAY IP6 VERBOSE DEBUG APPEND
+    unset DEV PKT_SIZE DEST_IP DST_MAC DST_PORT THREADS F_THREAD SKB_CLONE COUNT BURST DELAY IP6 VERBOSE DEBUG APPEND OFFLOADS
 }
 
 teardown() {
@@ -35,7 +35,7 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
 @test "-h tells every option" {
     run "$script" -h
     [ "$status" -eq 0 ]
-    for option in -i -s -d -m -p -t -f -c -n -b -w -6 -v -x -a --gen --topology --mode --backend --queues --flows --sizes --rate --search \
+    for option in -i -s -d -m -p -t -f -c -n -b -w -6 -v -x -a --gen --topology --mode --backend --offloads --queues --flows --sizes --rate --search \
         --duration --repeat --json --out --dry-run --keep --install; do
         [[ $output == *"$option"* ]] || { echo "$option is not told"; return 1; }
     done
@@ -48,6 +48,7 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     refused 2 "--topology ring" --topology ring
     refused 2 "--mode fly" --mode recv,fly
     refused 2 "--backend dpdk" --backend dpdk
+    refused 2 "--offloads some" --offloads some
     refused 2 "--queues 0" --queues 0
     refused 2 "--queues many" --queues many
     refused 2 "--flows 50000" --flows 50000
@@ -96,6 +97,18 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     run "$script" --dry-run -i g1 -s508 -p 77 -n 500 -w 2000
     [[ $output == *"--sizes 512"* && $output == *"--rate 500000"* && $output == *"--count 500"* && $output == *"--interface g1"* ]]
     [[ $output == *"198.19.0.2:77"* ]]
+}
+
+@test "offloads are off unless asked for, by option or environment" {
+    run "$script" --dry-run
+    [[ $output != *--offloads* && $output != *"ethtool -K dut0 tx off"* ]]
+    option=$("$script" --dry-run --mode forward --offloads on | grep -v -- --command)
+    variable=$(OFFLOADS=on "$script" --dry-run --mode forward | grep -v -- --command)
+    [ "$option" = "$variable" ]
+    run "$script" --dry-run --mode forward --offloads on
+    [ "$status" -eq 0 ]
+    [[ $output == *"throughput"*"--offloads on"* ]]
+    [[ $output == *"ethtool -K dut0 tx off"* && $output == *"ip netns exec out ethtool -K out0 tx off"* ]]
 }
 
 @test "a bridge has a TAP, and two queues are asked for" {
@@ -197,6 +210,15 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     kill "$writer"
     [ "$code" -eq 0 ] && [ $((SECONDS - begin)) -lt 20 ]
     ! pgrep -s "$run_id"
+}
+
+@test "a run with offloads balances its books" {
+    need_root
+    run "$script" --gen builtin --mode recv-many,send-many,echo --sizes 64 --search none --duration 0.3 --repeat 1 --no-latency --offloads on \
+        --json --out "$out"
+    [ "$status" -eq 0 ]
+    grep -q '"unexplained_packets": 0' "$out/throughput.json"
+    grep -q '"offloads": true' "$out/throughput.json"
 }
 
 @test "ctrl-C ends a run, with the report so far and nothing left behind" {

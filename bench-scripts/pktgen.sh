@@ -44,6 +44,7 @@ ours:
   --topology bridge|route        TAP in a bridge, or TUN behind a route (route)
   --mode MODE,…                  recv, recv-many, send, send-many, echo, forward (recv-many,send-many,echo)
   --backend io_uring|syscalls    how the engine talks to the kernel (the best that there is)
+  --offloads on|off              whether the engine's devices have all offloads that the kernel grants (OFFLOADS, off)
   --queues N                     queues, each with a worker (1)
   --flows N                      flows, by source port (64)
   --sizes BYTES,…|imix           frames with check sequence (64,1518)
@@ -73,6 +74,7 @@ die() {
 dev=${DEV:-gen0} pkt_size=${PKT_SIZE:-} dest_ip=${DEST_IP:-} dst_mac=${DST_MAC:-} dst_port=${DST_PORT:-9}
 threads=${THREADS:-1} first_thread=${F_THREAD:-0} clone=${SKB_CLONE:-0} count=${COUNT:-0} burst=${BURST:-1}
 delay=${DELAY:-0} ip6=${IP6:-} verbose=${VERBOSE:-} debug=${DEBUG:-} append=${APPEND:-}
+offloads=${OFFLOADS:-off}
 gen=auto topology=route mode=recv-many,send-many,echo backend='' queues=1 flows=64 sizes='' rate='' search='ndr,pdr'
 duration=1 repeat=3 latency=true out='' json='' dry_run='' keep='' install=''
 words=("$@")
@@ -108,7 +110,7 @@ while [ $# -gt 0 ]; do
     --dry-run) dry_run=1 ;;
     --keep) keep=1 ;;
     --install) install=1 ;;
-    -[isdmptfcnbw] | --gen | --topology | --mode | --backend | --queues | --flows | --sizes | --rate | --search | --duration | --repeat | --out)
+    -[isdmptfcnbw] | --gen | --topology | --mode | --backend | --offloads | --queues | --flows | --sizes | --rate | --search | --duration | --repeat | --out)
         argument=$(value "$@")
         shift
         case $option in
@@ -127,6 +129,7 @@ while [ $# -gt 0 ]; do
         --topology) topology=$argument ;;
         --mode) mode=$argument ;;
         --backend) backend=$argument ;;
+        --offloads) offloads=$argument ;;
         --queues) queues=$argument ;;
         --flows) flows=$argument ;;
         --sizes) sizes=$argument ;;
@@ -157,6 +160,7 @@ number() {
 one_of --gen "$gen" auto pktgen builtin
 one_of --topology "$topology" bridge route
 [ -z "$backend" ] || one_of --backend "$backend" io_uring syscalls
+one_of --offloads "$offloads" on off
 for word in ${mode//,/ }; do one_of --mode "$word" recv recv-many send send-many echo forward; done
 for word in ${search//,/ }; do one_of --search "$word" ndr pdr none; done
 for word in "--mode $mode" "--search $search" ${sizes:+"--sizes $sizes"}; do
@@ -289,6 +293,13 @@ side() {
     fi
 }
 
+# cut_in_front NAMESPACE LINK: what is larger than the MTU is cut before it is on the link, and checksums are finished.
+cut_in_front() {
+    local namespace=$1 link=$2
+    local command=(${namespace:+ip netns exec "$namespace"} ethtool -K "$link" tx off)
+    if [ -n "$dry_run" ]; then echo "${command[*]}"; else "${command[@]}" >/dev/null; fi
+}
+
 topology() {
     act ip link set lo up
     quiet '' router
@@ -297,11 +308,9 @@ topology() {
     act ip link add dut0 type veth peer name "$dev" netns gen
     act ip -n gen link set "$dev" address $mac_gen up
     # Frames as on a wire: checksums finished, nothing larger than the MTU.
-    if [ -n "$dry_run" ]; then
-        echo "ip netns exec gen ethtool -K $dev tx off"
-    else
-        ip netns exec gen ethtool -K "$dev" tx off >/dev/null
-    fi
+    cut_in_front gen "$dev"
+    # What the engine merges, too, so that frames are counted where they arrive.
+    [ "$offloads" = off ] || cut_in_front '' dut0
     side '' dut0 "$dst_mac" tun0 br0 "$here" "$peer" $mac_gen
     [ "$topology" = bridge ] || act ip "$family" route add "${dest_ip:-$net}" dev tun0
     [ -n "$forwards" ] || return 0
@@ -311,6 +320,7 @@ topology() {
     quiet sink
     act ip link add out0 netns out type veth peer name sink0 netns sink
     act ip -n sink link set sink0 address $mac_sink up
+    [ "$offloads" = off ] || cut_in_front out out0
     side out out0 $mac_out tun1 br1 "$far" "$far_peer" $mac_sink
     [ "$topology" = bridge ] || act ip -n out "$family" route add "${dest_ip:-$net}" via "$far_peer" dev out0
 }
@@ -327,6 +337,7 @@ engine=("$target_dir/release/tun-driver" throughput --topology "$topology" --mod
 commit=$(git -C "$root" describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || true)
 [ -z "$commit" ] || engine+=(--commit "$commit")
 [ -z "$backend" ] || engine+=(--backend "$backend")
+[ "$offloads" = off ] || engine+=(--offloads "$offloads")
 [ -z "$rate" ] || engine+=(--rate "$rate")
 [ "$count" = 0 ] || engine+=(--count "$count")
 [ -z "$append" ] || engine+=(--append)

@@ -21,6 +21,9 @@ pub(super) struct Burst {
 /// A burst is never longer: beyond that the entry is paid for, and the packets get cold.
 pub(super) const LONGEST: u32 = 64;
 
+/// The same of superpackets, which get cold sooner: a quarter of a mebibyte.
+pub(super) const SUPERPACKETS: u32 = 4;
+
 impl Burst {
     /// How many packets to ask for next. `may_pass`: a packet is in hand already, so that not asking is allowed (answer 0).
     #[inline]

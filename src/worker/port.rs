@@ -188,6 +188,8 @@ pub(super) struct Port {
     /// Writes depend on each other, so that back-pressure cannot make one overtake another.
     pub(super) linked: bool,
     pub(super) down: bool,
+    /// The last packet that came was a superpacket.
+    pub(super) heavy: bool,
     /// What is sent are pieces of one packet, which is counted when they are through.
     pub(super) cutting: bool,
     pub(super) outgoing: OutgoingRules,
@@ -220,6 +222,7 @@ impl Port {
             announced: false,
             linked: false,
             down: false,
+            heavy: false,
             cutting: false,
             outgoing,
             tally,
@@ -347,6 +350,7 @@ impl Port {
             return None;
         };
         let len = len - VnetHdr::LEN as u32;
+        self.heavy = shape.is_gso();
         if shape.is_gso() {
             self.tally.received_superpackets.add(1);
         }

@@ -17,6 +17,7 @@ use io_uring::types::{CancelBuilder, Fixed, Timespec};
 use io_uring::{IoUring, Probe, opcode};
 
 use super::Context;
+use super::burst::{LONGEST, SUPERPACKETS};
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
 use super::outgoing::{Outbox, Writer};
 use super::port::{Delivery, Endpoint, Port, Ports};
@@ -185,7 +186,8 @@ impl Writer for RingBackend {
             self.push(&entry.user_data(Tag::of(Tag::WRITE, port.id.index, place as u32)));
         }
         port.tally.system_calls.add(1);
-        self.enter(0, linked, None);
+        // Linked ones go on as completions are asked for: all in this entry.
+        self.enter(if linked { self.books.sending as u32 } else { 0 }, linked, None);
         self.reap(cx, ports);
         while self.books.sending > 0 && self.broken.is_none() {
             self.enter(1, true, None);
@@ -453,7 +455,8 @@ impl RingBackend {
         if next == 0 {
             return false;
         }
-        let most = next.min(batch.room() as u32);
+        let longest = if port.heavy { SUPERPACKETS } else { LONGEST };
+        let most = next.min(batch.room() as u32).min(longest);
         let can = cx.arena.available(port.account, port.class, most);
         let mut asked = 0;
         while asked < can

@@ -13,6 +13,7 @@ use tun_driver::lab::acts;
 use tun_driver::lab::cases::{self, Load, Way};
 use tun_driver::lab::measure::{Machine, Plan, Report, Turn};
 use tun_driver::lab::offered::{self, Offer, RATES};
+use tun_driver::lab::offload_cases::{self, Load64K, Traffic};
 use tun_driver::lab::results::{Acts, Curve, Scaling};
 use tun_driver::lab::scaling::{self, Stretch};
 use tun_driver::lab::ways::{ByWorker, IfaceLoop, PollLoop};
@@ -47,6 +48,8 @@ enum Case {
     Sink,
     /// Forward: packets go through the kernel from one device to another.
     Forward,
+    /// Superpackets: TCP of 64 KiB through the kernel, beside plain packets.
+    Superpackets,
     /// Round trip of single packets.
     RoundTrip,
     /// Rates: packets come at set rates, and each way waits for them in its manner.
@@ -190,6 +193,9 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
                 .push(Outcome::of("forward", title, report, Some(packet_len)));
         }
     }
+    if wanted(Case::Superpackets) {
+        superpackets(sandbox, &backends, &plan, &mut results)?;
+    }
     if wanted(Case::RoundTrip) {
         let title = "round trip of one small packet at a time".to_owned();
         let trips = with_progress(&title, |progress| {
@@ -222,6 +228,18 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
         })?);
     }
     Ok(results)
+}
+
+/// TCP in one direction, in superpackets and in plain packets.
+fn superpackets(sandbox: &Sandbox, backends: &[Backend], plan: &Plan, results: &mut Results) -> Result<(), Failure> {
+    let title =
+        "superpackets, TCP, 65,000 B of payload: written to one device, read from another, by one thread".to_owned();
+    let movers = offload_cases::movers(Traffic::Tcp, backends);
+    let report = with_progress(&title, |progress| {
+        offload_cases::superpackets(sandbox, Traffic::Tcp, &movers, Load64K::default(), plan, progress)
+    })?;
+    results.outcomes.push(Outcome::of("superpackets", title, report, None));
+    Ok(())
 }
 
 /// Middling load at set rates.

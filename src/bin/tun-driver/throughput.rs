@@ -34,6 +34,9 @@ pub(crate) struct Options {
     /// How the engine talks to the kernel; the best that there is unless given.
     #[arg(long, value_enum)]
     backend: Option<BackendName>,
+    /// Whether the engine's devices have all offloads that the kernel grants.
+    #[arg(long, value_enum, default_value = "off")]
+    offloads: Switch,
     /// Queues, each with a worker of its own.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
@@ -136,6 +139,12 @@ enum Topology {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum BackendName {
     #[value(name = "io_uring")]
     IoUring,
@@ -168,6 +177,8 @@ pub(crate) struct Results {
     /// Who made the packets, and why not pktgen if that was to be taken.
     pub(crate) generator: String,
     pub(crate) backend: String,
+    /// Whether the devices were opened with all offloads.
+    pub(crate) offloads: bool,
     pub(crate) queues: usize,
     pub(crate) flows: usize,
     pub(crate) repeats: usize,
@@ -268,6 +279,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
                 Some(BackendName::IoUring) => "io_uring".to_owned(),
                 Some(BackendName::Syscalls) => "system calls".to_owned(),
             },
+            offloads: options.offloads == Switch::On,
             queues: options.queues.into(),
             flows: options.flows as usize,
             repeats: options.repeat as usize,
@@ -431,6 +443,7 @@ impl Run<'_> {
         let setup = Setup {
             mode,
             config,
+            offloads: options.offloads == Switch::On,
             queues: options.queues.into(),
             flows: options.flows as usize,
             size: options.sizes[0],

@@ -32,7 +32,7 @@ use super::process::MachineCpu;
 use super::receiver::{Receiver, SocketReceiver, Until};
 use super::tracker::Summary;
 use crate::sys::cpu;
-use crate::{Builder, Mode as DeviceMode, MultiQueue, WorkerConfig};
+use crate::{Builder, Mode as DeviceMode, MultiQueue, Offloads, WorkerConfig};
 use links::{Counts, Links, softnet_dropped};
 use subject::{Emission, Reading, Subject};
 
@@ -99,6 +99,8 @@ pub struct Setup {
     pub mode: Mode,
     /// How its workers work.
     pub config: WorkerConfig,
+    /// Whether the engine's devices have all offloads.
+    pub offloads: bool,
     /// Queues, each with a worker.
     pub queues: usize,
     /// Flows.
@@ -309,6 +311,11 @@ impl Rig {
                 .queues(setup.queues)
                 .multi_queue(setup.queues > 1)
                 .attach_existing(true)
+                .offloads(if setup.offloads {
+                    Offloads::all()
+                } else {
+                    Offloads::none()
+                })
                 .up(true);
             if let Some(path) = netns {
                 builder = builder.netns_path(path);

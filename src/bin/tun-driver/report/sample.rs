@@ -29,6 +29,26 @@ pub(super) fn results() -> Results {
             });
         }
     }
+    let supers = [
+        "read/write, 1400 B",
+        "read/write, superpackets",
+        "worker, io_uring, offloads",
+        "worker, system calls, offloads",
+    ];
+    outcomes.push(Outcome {
+        title: "superpackets, TCP".to_owned(),
+        note: None,
+        report: report(&mut noise, &supers, |way| {
+            let cost = [2600.0, 160.0, 150.0, 170.0][way];
+            (
+                cost,
+                vec![("gbit_per_s", 1448.0 * 8.0 / cost), ("cpu_ns_per_kib", cost / 1.41)],
+            )
+        }),
+        histograms: vec![],
+        key: "superpackets",
+        packet_len: None,
+    });
     let waiting = [
         ("Iface, blocking", 53.5, 9.0),
         ("worker, io_uring", 58.3, 11.0),

@@ -1,6 +1,7 @@
 //! The tables of a run, whatever they are written as.
 
 use tun_driver::lab::measure::{Figure, Report, Spread};
+use tun_driver::lab::offload_cases::{CPU_KIB, GBIT};
 use tun_driver::lab::results::{Acts, Curve, Scaling};
 
 use super::numbers;
@@ -105,6 +106,25 @@ pub(super) fn outcome(outcome: &Outcome) -> Table {
         add(column("CPU ratio", &ratio_told("CPU time per packet")), &|way| {
             against(way, "cpu_ns_per_packet")
         });
+        if (0..ways.len()).any(|way| figure(way, GBIT).is_some()) {
+            add(
+                column(
+                    "Gbit/s",
+                    "Thousand million bits of payload per second; higher is better.",
+                ),
+                &|way| figure(way, GBIT).map_or(Cell::default(), |figure| Cell::spread(&figure.value, 1.0)),
+            );
+            let told =
+                format!("Payload per second, divided by that of “{baseline}” in the same round; above 1 is better.");
+            add(column("Gbit/s ratio", &told), &|way| against(way, GBIT));
+            add(
+                column(
+                    "CPU ns/KiB",
+                    "Nanoseconds of the measuring thread's CPU time for each 1,024 bytes of payload; lower is better.",
+                ),
+                &|way| figure(way, CPU_KIB).map_or(Cell::default(), |figure| Cell::spread(&figure.value, 1.0)),
+            );
+        }
         if (0..ways.len()).any(|way| figure(way, "packets_per_call").is_some()) {
             add(
                 column(

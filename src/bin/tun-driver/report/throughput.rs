@@ -281,6 +281,7 @@ pub(crate) fn json(results: &Results) -> Value {
         "generator": results.generator.split(' ').next().unwrap_or_default(),
         "generator_told": results.generator,
         "backend": results.backend,
+        "offloads": results.offloads,
         "queues": results.queues,
         "flows": results.flows,
         "repeats": results.repeats,
@@ -387,12 +388,13 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
         (
             "Engine",
             format!(
-                "{}, {} queue{}, {} flows, backend: {}",
+                "{}, {} queue{}, {} flows, backend: {}, offloads {}",
                 results.topology,
                 results.queues,
                 if results.queues == 1 { "" } else { "s" },
                 results.flows,
-                results.backend
+                results.backend,
+                if results.offloads { "on" } else { "off" }
             ),
         ),
         ("Command", results.command.clone()),
@@ -683,6 +685,7 @@ mod tests {
             topology: "route, TUN",
             generator: "builtin (no pktgen)".to_owned(),
             backend: "io_uring".to_owned(),
+            offloads: false,
             queues: 2,
             flows: 64,
             repeats: 3,
