@@ -43,7 +43,7 @@ enum Verb {
     /// Measures over links that the caller has made what an engine takes, sends, or passes on without loss, and how long packets take.
     ///
     /// `bench-scripts/pktgen.sh` makes the links in namespaces of its own and calls this.
-    Throughput(throughput::Options),
+    Throughput(Box<throughput::Options>),
 }
 
 /// How a verb ended, if not well.
