@@ -134,8 +134,8 @@ fn superpackets_pass(traffic: Traffic) {
         );
         assert!(way.figure(offload_cases::GBIT).unwrap().value.min > 0.0, "{}", way.name);
     }
-    // Plain, minimal, and for each backend: those two, and without USO.
-    let pairs = 1 + backends.len() * if traffic == Traffic::Tcp { 2 } else { 3 };
+    // The minimal one, and for each backend: those, and without USO.
+    let pairs = 1 + backends.len() * if traffic == Traffic::Tcp { 3 } else { 4 };
     assert_eq!(offload_cases::rate_ratios(&report, &backends).len(), 2 * pairs);
 }
 
