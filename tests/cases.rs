@@ -12,8 +12,9 @@ use floor::{Floor, PlainLoop};
 use tun_driver::lab::Sandbox;
 use tun_driver::lab::cases::{self, Drained, Load, Runner, Way};
 use tun_driver::lab::measure::{CPU_NS, Plan, Report};
+use tun_driver::lab::offload_cases::{self, Load64K, Traffic};
 use tun_driver::lab::ways::{ByWorker, IfaceLoop};
-use tun_driver::{Backend, Wait};
+use tun_driver::{Backend, Builder, Mode, Offloads, Wait};
 
 fn main() {
     let mut trials: Vec<Trial> = Vec::new();
@@ -21,6 +22,12 @@ fn main() {
         trials.push(trial(
             format!("{case:?}: every way accounts for every packet"),
             move || every_way_passes(case),
+        ));
+    }
+    for traffic in [Traffic::Tcp, Traffic::Udp] {
+        trials.push(trial(
+            format!("superpackets of {traffic:?} come through every way"),
+            move || superpackets_pass(traffic),
         ));
     }
     trials.push(trial("a packet that was not delivered fails the case", missing_packet));
@@ -92,6 +99,44 @@ fn ways(case: Case) -> Vec<Box<dyn Way>> {
         ways.push(Box::new(worker));
     }
     ways
+}
+
+fn superpackets_pass(traffic: Traffic) {
+    need_tun();
+    let sandbox = Sandbox::enter().unwrap();
+    let device = Builder::new("", Mode::Tun).offloads(Offloads::all()).open().unwrap();
+    if traffic == Traffic::Udp && !device.granted().offloads.contains(Offloads::USO) {
+        common::skip("USO wants Linux 6.2");
+    }
+    drop(device);
+    let mut backends = vec![Backend::Syscalls];
+    if tun_driver::Support::probe().tun_nowait == Some(true) {
+        backends.push(Backend::IoUring);
+    }
+    let movers = offload_cases::movers(traffic, &backends);
+    let load = Load64K {
+        stretches: 3,
+        ..Load64K::default()
+    };
+    let plan = Plan {
+        rounds: 2,
+        warm_up: 0,
+        ..Plan::default()
+    };
+    let report = offload_cases::superpackets(&sandbox, traffic, &movers, load, &plan, &mut |_| {}).unwrap();
+    assert_eq!(report.ways.len(), movers.len());
+    let segments = if traffic == Traffic::Tcp { 45 } else { 54 };
+    for way in &report.ways[1..] {
+        assert!(
+            way.samples.iter().all(|sample| sample.packets == 3 * 8 * segments),
+            "{}",
+            way.name
+        );
+        assert!(way.figure(offload_cases::GBIT).unwrap().value.min > 0.0, "{}", way.name);
+    }
+    // The minimal one, and for each backend: those, and without USO.
+    let pairs = 1 + backends.len() * if traffic == Traffic::Tcp { 3 } else { 4 };
+    assert_eq!(offload_cases::rate_ratios(&report, &backends).len(), 2 * pairs);
 }
 
 fn every_way_passes(case: Case) {

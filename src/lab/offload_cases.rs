@@ -88,7 +88,7 @@ pub struct Mover {
     course: Course,
 }
 
-/// The ways that are compared: a loop over read and write with plain packets, the same with superpackets, and a worker on each of `backends`. Of UDP,
+/// The ways that are compared: a loop over read and write with plain packets, the same with superpackets in one buffer and in several, and a worker on each of `backends`. Of UDP,
 /// also a worker on each whose devices have no USO: what it is offered as superpackets it cuts.
 pub fn movers(traffic: Traffic, backends: &[Backend]) -> Vec<Mover> {
     let mut movers = Vec::new();
@@ -97,16 +97,20 @@ pub fn movers(traffic: Traffic, backends: &[Backend]) -> Vec<Mover> {
         Box::new(ReadWrite {
             name: format!("read/write, {} B", traffic.plain() + traffic.headers()),
             offloads: Offloads::none(),
+            buffers: 1,
         }),
         Course::Plain,
     );
-    take(
-        Box::new(ReadWrite {
-            name: MINIMAL.to_owned(),
-            offloads: Offloads::all(),
-        }),
-        Course::Whole,
-    );
+    for (name, buffers) in [(MINIMAL, 1), (EACH, Load64K::default().superpackets)] {
+        take(
+            Box::new(ReadWrite {
+                name: name.to_owned(),
+                offloads: Offloads::all(),
+                buffers,
+            }),
+            Course::Whole,
+        );
+    }
     for &backend in backends {
         let way = ByWorker::new(backend, Wait::Block).with_offloads(Offloads::all());
         take(Box::new(way), Course::Whole);
@@ -120,6 +124,9 @@ pub fn movers(traffic: Traffic, backends: &[Backend]) -> Vec<Mover> {
 
 /// Name of the loop over read and write with superpackets.
 pub const MINIMAL: &str = "read/write, superpackets";
+
+/// Name of the same loop with as many buffers as packets at a time, as whoever holds packets has it: the worker's buffers are no warmer.
+pub const EACH: &str = "read/write, superpackets, a buffer each";
 
 /// Name of the worker whose devices have no USO.
 pub fn without_uso(backend: Backend) -> String {
@@ -275,13 +282,13 @@ pub struct Ratio {
     pub ratio: Spread,
 }
 
-/// Rate and CPU time of each way with superpackets by those that it is held against: the plain loop, the minimal one, and of UDP its own without USO.
+/// Rate and CPU time of each way with superpackets by those that it is held against: the plain loop, the minimal ones, and of UDP its own without USO.
 pub fn rate_ratios(report: &Report, backends: &[Backend]) -> Vec<Ratio> {
     let plain = report.ways[report.baseline].name.clone();
     let mut pairs = vec![(MINIMAL.to_owned(), plain.clone())];
     for &backend in backends {
         let way = ByWorker::new(backend, Wait::Block).with_offloads(Offloads::all());
-        for by in [plain.clone(), MINIMAL.to_owned(), without_uso(backend)] {
+        for by in [plain.clone(), MINIMAL.to_owned(), EACH.to_owned(), without_uso(backend)] {
             pairs.push((way.name().to_owned(), by));
         }
     }
@@ -334,10 +341,12 @@ impl Ratio {
     }
 }
 
-/// A loop over read(2) and write(2) with one buffer for each.
+/// A loop over read(2) and write(2).
 struct ReadWrite {
     name: String,
     offloads: Offloads,
+    /// To write from, and as many to read into.
+    buffers: usize,
 }
 
 impl Way for ReadWrite {
@@ -359,8 +368,9 @@ impl Way for ReadWrite {
         Ok(Box::new(ReadWriteRunner {
             files,
             header: if self.offloads.is_empty() { 0 } else { VnetHdr::LEN },
-            buffer: vec![0; VnetHdr::LEN + 65_536],
-            filled: (Vec::new(), 0),
+            buffers: vec![vec![0; VnetHdr::LEN + 65_536]; self.buffers],
+            filled: vec![Vec::new(); self.buffers],
+            count: 0,
         }))
     }
 }
@@ -369,16 +379,18 @@ struct ReadWriteRunner {
     files: Vec<File>,
     /// Bytes in front of each packet.
     header: usize,
-    buffer: Vec<u8>,
-    /// What is sent, and how often.
-    filled: (Vec<u8>, usize),
+    buffers: Vec<Vec<u8>>,
+    /// What is sent, in turns, and how many times in all.
+    filled: Vec<Vec<u8>>,
+    count: usize,
 }
 
 impl Runner for ReadWriteRunner {
     fn drain(&mut self, device: usize, expected: usize) -> io::Result<Drained> {
         let mut drained = Drained::default();
         while drained.packets < expected {
-            match (&self.files[device]).read(&mut self.buffer) {
+            let place = drained.packets % self.buffers.len();
+            match (&self.files[device]).read(&mut self.buffers[place]) {
                 Ok(len) => {
                     drained.packets += 1;
                     drained.bytes += len - self.header;
@@ -391,16 +403,17 @@ impl Runner for ReadWriteRunner {
     }
 
     fn fill(&mut self, _device: usize, packet: &[u8], count: usize) -> io::Result<()> {
-        self.filled.0.clear();
-        self.filled.0.extend_from_slice(packet);
-        self.filled.1 = count;
+        for filled in &mut self.filled {
+            filled.clear();
+            filled.extend_from_slice(packet);
+        }
+        self.count = count;
         Ok(())
     }
 
     fn send(&mut self, device: usize) -> io::Result<usize> {
-        let (packet, count) = &self.filled;
         let mut accepted = 0;
-        for _ in 0..*count {
+        for packet in self.filled.iter().cycle().take(self.count) {
             accepted += usize::from((&self.files[device]).write(packet)? == packet.len());
         }
         Ok(accepted)
