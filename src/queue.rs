@@ -370,7 +370,8 @@ impl Queue {
     }
 
     /// Changes the offloads of the device (TUNSETOFFLOAD), for all its queues, also while they are in use: to `wanted`, or as much of it as the
-    /// kernel takes, which is returned. What lies in the queues already may still come as it was. Takes no privilege.
+    /// kernel takes, which is returned. What lies in the queues already may still come as it was, and a port that was attached before passes on what
+    /// was granted then. Takes no privilege.
     ///
     /// # Errors
     ///

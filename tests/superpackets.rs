@@ -560,6 +560,25 @@ fn udp_superpacket(payload: &[u8], size: u16, port: u16) -> (VnetHdr, Vec<u8>) {
     (header(5, size, 20, 6), packet)
 }
 
+/// The same over IPv6, behind so many extension headers of 128 bytes.
+fn udp_superpacket_v6(payload: &[u8], size: u16, extensions: usize) -> (VnetHdr, Vec<u8>) {
+    let transport = 40 + extensions * 128;
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend(((transport - 40 + 8 + payload.len()) as u16).to_be_bytes());
+    packet.extend([60, 64]);
+    packet.extend(RIGHT6.octets());
+    packet.extend(LEFT6.octets());
+    for left in (0..extensions).rev() {
+        packet.extend([if left > 0 { 60 } else { 17 }, 15]);
+        packet.extend([0; 126]);
+    }
+    packet.extend([0, 9, 0, 9]);
+    packet.extend(((8 + payload.len()) as u16).to_be_bytes());
+    packet.extend([0, 0]);
+    packet.extend(payload);
+    (header(5, size, transport as u16, 6), packet)
+}
+
 fn header(kind: u8, size: u16, start: u16, offset: u16) -> VnetHdr {
     let mut bytes = [1, kind, 0, 0, 0, 0, 0, 0, 0, 0];
     bytes[4..6].copy_from_slice(&size.to_ne_bytes());
@@ -908,6 +927,22 @@ fn mangled(backend: Backend) {
     assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 2, None));
     assert_eq!(sent.refusal.map(|error| error.kind()), Some(PortErrorKind::BadPacket));
     assert_eq!(worker.counters(port).unwrap().refused.count(libc::EINVAL), 2);
+    // More extension headers than a superpacket is cut with; as it is it may go.
+    let (header, long) = udp_superpacket_v6(&pattern(3_000, 1), 1_000, 2);
+    let mut packet = worker.packet_from(&long).unwrap();
+    packet.set_meta(header.check(&long, Link::None).unwrap()).unwrap();
+    worker
+        .set_superpackets(
+            port,
+            Superpackets {
+                uso: false,
+                ..Superpackets::default()
+            },
+        )
+        .unwrap();
+    batch.push(packet).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (0, 1, None));
     let mut packet = worker.packet_from(&bytes.1[..100]).unwrap();
     assert!(packet.set_meta(bytes.0.check(&bytes.1, Link::None).unwrap()).is_err());
     assert_eq!(packet.meta(), Ok(Meta::Plain));

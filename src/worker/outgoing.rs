@@ -12,7 +12,7 @@ use std::rc::Rc;
 
 use super::Context;
 use super::burst::LONGEST;
-use super::port::{Endpoint, Ports, Sent, Weight, judge};
+use super::port::{Endpoint, Port, Ports, Sent, Weight, judge};
 use super::udp;
 use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::PortError;
@@ -347,19 +347,21 @@ pub(super) fn send(
                 again = Again::Same;
                 total.add(cut(writer, outbox, cx, ports, index, batch, refused));
             }
-            Next::Refuse => {
-                let error = PortError::from_errno("meta", libc::EINVAL);
-                port.tally.refuse(libc::EINVAL, 1);
-                batch.consume_front(1);
-                total.add(Sent {
-                    refused: 1,
-                    refusal: Some(error),
-                    ..Sent::default()
-                });
-            }
+            Next::Refuse => total.add(refuse_front(port, batch)),
         }
     }
     total
+}
+
+/// Drops the first packet, which contradicts what was said of it, or cannot be cut.
+fn refuse_front(port: &mut Port, batch: &mut Batch) -> Sent {
+    port.tally.refuse(libc::EINVAL, 1);
+    batch.consume_front(1);
+    Sent {
+        refused: 1,
+        refusal: Some(PortError::from_errno("meta", libc::EINVAL)),
+        ..Sent::default()
+    }
 }
 
 /// Looks at the front of a batch. Finishes checksums where the port does not take unfinished ones.
@@ -480,6 +482,10 @@ fn cut(
     batch: &mut Batch,
     was_refused: bool,
 ) -> Sent {
+    if batch[0].plan().is_err() {
+        // More headers than anybody needs.
+        return refuse_front(ports.at(index), batch);
+    }
     outbox.expect_superpackets();
     let kind = match batch[0].shape() {
         Shape::Gso { kind, .. } => Some(kind),
