@@ -945,7 +945,21 @@ fn mangled(backend: Backend) {
     assert_eq!((sent.accepted, sent.refused, sent.stopped), (0, 1, None));
     let mut packet = worker.packet_from(&bytes.1[..100]).unwrap();
     assert!(packet.set_meta(bytes.0.check(&bytes.1, Link::None).unwrap()).is_err());
-    assert_eq!(packet.meta(), Ok(Meta::Plain));
+    // Nor what fits no packet at all.
+    for (start, field) in [(50, 40), (0, 99), (usize::MAX, usize::MAX), (40, usize::MAX)] {
+        assert!(packet.set_meta(Meta::Unfinished { start, field }).is_err());
+    }
+    let Ok(Meta::Gso(gso)) = bytes.0.check(&bytes.1, Link::None) else {
+        panic!("a superpacket")
+    };
+    let mut whole = worker.packet_from(&bytes.1).unwrap();
+    let mut other = gso;
+    other.size = 0;
+    assert!(whole.set_meta(Meta::Gso(other)).is_err());
+    other = gso;
+    other.headers.network = usize::MAX;
+    assert!(whole.set_meta(Meta::Gso(other)).is_err());
+    assert_eq!((packet.meta(), whole.meta()), (Ok(Meta::Plain), Ok(Meta::Plain)));
 }
 
 fn short_packets(backend: Backend) {

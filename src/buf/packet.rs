@@ -195,6 +195,13 @@ impl PacketBuf {
     /// # Errors
     /// It does not fit the packet; nothing is changed then.
     pub fn set_meta(&mut self, meta: Meta) -> Result<(), VnetFault> {
+        match &meta {
+            Meta::Unfinished { start, field } if start > field || *field >= self.len() => {
+                return Err(VnetFault::Checksum);
+            }
+            Meta::Gso(gso) if gso.headers.network >= self.len() => return Err(VnetFault::Length),
+            _ => {}
+        }
         let shape = Shape::of(&meta, self.start);
         shape.meta(self, self.start)?;
         self.shape = shape;

@@ -57,7 +57,8 @@ impl Shape {
             Self::Unfinished { start, field } => {
                 let start = start.checked_sub(at).ok_or(VnetFault::Checksum)? as usize;
                 let field = start + usize::from(field);
-                if field + 2 > packet.len() {
+                // The driver's header has 16 bits for each.
+                if field + 2 > packet.len() || field > usize::from(u16::MAX) {
                     return Err(VnetFault::Checksum);
                 }
                 Ok(Meta::Unfinished { start, field })

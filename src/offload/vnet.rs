@@ -226,6 +226,9 @@ impl Gso {
         if headers.end != packet.len() {
             return Err(VnetFault::Length);
         }
+        if self.size == 0 {
+            return Err(VnetFault::Size);
+        }
         Ok(())
     }
 }
