@@ -51,6 +51,7 @@ fn main() {
         add("switched off, nothing is passed or merged", switched_off);
         add("a packet that no longer fits is refused", mangled);
         add("short packets leave large buffers", short_packets);
+        add("a packet received by copy has its checksum", received_by_copy);
         add("a hand-off carries superpackets", through_a_handoff);
     }
     trials.push(trial("a persistent device forgets its offloads", persistent));
@@ -978,6 +979,22 @@ fn short_packets(backend: Backend) {
         assert!(packet.headroom() >= 64 && packet.tailroom() < 4_096);
     }
     assert_eq!(worker.counters(port).unwrap().no_buffers, 0);
+}
+
+fn received_by_copy(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::CSUM);
+    let sender = UdpSocket::bind((LEFT, 0)).unwrap();
+    assert_eq!(sender.send_to(&[1; 100], (RIGHT, 9)).unwrap(), 100);
+    let mut buffer = [0; 2_000];
+    // Others may come before it.
+    let packet = loop {
+        let len = worker.recv(port, &mut buffer).unwrap();
+        if buffer[..len].ends_with(&[1; 100]) {
+            break &buffer[..len];
+        }
+    };
+    let pseudo = tun_driver::offload::checksum::pseudo_header(&packet[12..16], &packet[16..20], 17, 108);
+    assert!((pseudo + tun_driver::offload::checksum::sum(&packet[20..])).is_whole());
 }
 
 fn through_a_handoff(backend: Backend) {

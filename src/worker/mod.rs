@@ -469,7 +469,8 @@ impl Worker {
 
     /// Receives one packet into `buf`, waiting for it, and returns its length. Copies the packet once; [`recv_many`](Self::recv_many) does not.
     ///
-    /// Returns 0 if the [`Waker`] ended the wait (see [`recv_many`](Self::recv_many)), and for an empty datagram.
+    /// Returns 0 if the [`Waker`] ended the wait (see [`recv_many`](Self::recv_many)), and for an empty datagram. Checksums are finished, but a
+    /// superpacket comes as it is, and nothing tells: for devices with offloads other than CSUM there is [`recv_many`](Self::recv_many).
     ///
     /// # Errors
     /// As [`recv_many`](Self::recv_many); also [`PortErrorKind::Truncated`] for a packet longer than `buf`: it is dropped and counted.
@@ -479,7 +480,9 @@ impl Worker {
         let packet = single.pop();
         self.single = single;
         result?;
-        let Some(packet) = packet else { return Ok(0) };
+        let Some(mut packet) = packet else { return Ok(0) };
+        // Nobody could tell that it is not finished. Cannot fail: it was checked as it came.
+        let _ = packet.finish_checksum();
         let Some(target) = buf.get_mut(..packet.len()) else {
             let index = self.ports.check(port)?;
             let tally = &self.ports.at(index).tally;
