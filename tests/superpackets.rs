@@ -50,6 +50,7 @@ fn main() {
         add("an engine tells that superpackets are refused", told_by_an_engine);
         add("switched off, nothing is passed or merged", switched_off);
         add("a packet that no longer fits is refused", mangled);
+        add("a superpacket that lost a segment is refused in the end", torn);
         add("short packets leave large buffers", short_packets);
         add("a packet received by copy has its checksum", received_by_copy);
         add("a hand-off carries superpackets", through_a_handoff);
@@ -961,6 +962,26 @@ fn mangled(backend: Backend) {
     other.headers.network = usize::MAX;
     assert!(whole.set_meta(Meta::Gso(other)).is_err());
     assert_eq!((packet.meta(), whole.meta()), (Ok(Meta::Plain), Ok(Meta::Plain)));
+}
+
+fn torn(backend: Backend) {
+    let (mut worker, port, device) = with_device(backend, Offloads::none());
+    let receiver = receiver();
+    let bytes = udp_superpacket(&[5; 20_000], 100, receiver.local_addr().unwrap().port());
+    let mut batch = Batch::with_capacity(1);
+    batch.push(superpacket(&worker, &bytes)).unwrap();
+    device.set_up(false).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.refusal), (0, 0, None));
+    assert_eq!(sent.stopped.map(|error| error.kind()), Some(PortErrorKind::Down));
+    assert_eq!(worker.counters(port).unwrap().refused_packets, 0);
+    device.set_up(true).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (0, 1, None));
+    assert_eq!(sent.refusal.map(|error| error.raw_os_error()), Some(libc::EIO));
+    let counters = worker.counters(port).unwrap();
+    assert_eq!((counters.sent_packets, counters.refused.count(libc::EIO)), (0, 1));
+    assert!(counters.cut_segments > 0 && counters.cut_segments < 200);
 }
 
 fn short_packets(backend: Backend) {

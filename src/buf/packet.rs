@@ -342,6 +342,21 @@ impl PacketBuf {
         }
     }
 
+    /// The errno with which a segment of this superpacket was refused that is not in it any more; 0 for none.
+    pub(crate) fn torn(&self) -> i32 {
+        match self.shape {
+            Shape::Gso { torn, .. } => torn.into(),
+            _ => 0,
+        }
+    }
+
+    /// Remembers that a segment was refused, for when the last one is out.
+    pub(crate) fn tear(&mut self, errno: i32) {
+        if let Shape::Gso { torn, .. } = &mut self.shape {
+            *torn = errno as u16;
+        }
+    }
+
     /// Bytes that can be put in front without moving the packet.
     pub fn headroom(&self) -> usize {
         (self.start - self.low) as usize

@@ -20,6 +20,8 @@ pub(crate) enum Shape {
         size: u16,
         /// Where the IP header begins.
         network: u32,
+        /// The errno with which a segment that stood in front was refused; 0 if none was.
+        torn: u16,
     },
 }
 
@@ -44,6 +46,7 @@ impl Shape {
                 ecn,
                 size,
                 network: at + headers.network as u32,
+                torn: 0,
             },
         }
     }
@@ -68,6 +71,7 @@ impl Shape {
                 ecn,
                 size,
                 network,
+                ..
             } => {
                 let network = network.checked_sub(at).ok_or(VnetFault::Length)? as usize;
                 let headers = Headers::parse_at(packet, network).map_err(VnetFault::Headers)?;
@@ -96,11 +100,13 @@ impl Shape {
                 ecn,
                 size,
                 network,
+                torn,
             } => Self::Gso {
                 kind,
                 ecn,
                 size,
                 network: moved(network),
+                torn,
             },
             whole => whole,
         }

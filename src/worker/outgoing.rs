@@ -373,8 +373,8 @@ fn next(rules: &OutgoingRules, batch: &mut [PacketBuf], cut: bool) -> Next {
             Shape::Plain | Shape::Verified => continue,
             Shape::Unfinished { .. } if rules.vnet && packet.meta().is_ok() => continue,
             Shape::Unfinished { .. } if !rules.vnet && packet.finish_checksum().is_ok() => continue,
-            Shape::Gso { kind, .. } if packet.meta().is_ok() => {
-                if rules.vnet && rules.passes(kind) && !(cut && place == 0) {
+            Shape::Gso { kind, torn, .. } if packet.meta().is_ok() => {
+                if rules.vnet && rules.passes(kind) && torn == 0 && !(cut && place == 0) {
                     continue;
                 }
                 Next::Cut
@@ -491,6 +491,11 @@ fn cut(
         Shape::Gso { kind, .. } => Some(kind),
         _ => None,
     };
+    // What an earlier call said of segments that are gone.
+    let torn = match batch[0].torn() {
+        0 => None,
+        errno => Some(PortError::from_errno("write", errno)),
+    };
     let mut total = Sent::default();
     let mut segments = std::mem::replace(&mut outbox.segments, Batch::with_capacity(0));
     while total.stopped.is_none() {
@@ -544,18 +549,22 @@ fn cut(
         }
     }
     let done = !batch[0].is_superpacket();
+    let refusal = torn.or(total.refusal);
     if done {
         batch.consume_front(1);
         port.tally.cut_superpackets.add(1);
-        match total.refusal {
+        match refusal {
             Some(error) => port.tally.refuse(error.raw_os_error(), 1),
             None => port.tally.sent_packets.add(1),
         }
+    } else if let Some(error) = refusal {
+        batch[0].tear(error.raw_os_error());
     }
     Sent {
-        accepted: usize::from(done && total.refusal.is_none()),
-        refused: usize::from(done && total.refusal.is_some()),
-        ..total
+        accepted: usize::from(done && refusal.is_none()),
+        refused: usize::from(done && refusal.is_some()),
+        refusal: refusal.filter(|_| done),
+        stopped: total.stopped,
     }
 }
 
