@@ -154,6 +154,13 @@ impl Writer for RingBackend {
     ) -> Result<(), PortError> {
         let port = ports.at(index);
         let (file, count) = (Fixed(index as u32 + 1), outbox.writes.len());
+        // Two parts of a chain that are submitted one by one do not wait for each other.
+        let queue = self.ring.submission();
+        let room = queue.capacity() - queue.len();
+        drop(queue);
+        if room < count {
+            self.enter(0, false, None);
+        }
         let mut linked = port.linked;
         for (place, write) in outbox.writes.iter().enumerate() {
             port.tally.foreign_sent.add(u64::from(write.foreign));
