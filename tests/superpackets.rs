@@ -51,6 +51,7 @@ fn main() {
         add("switched off, nothing is passed or merged", switched_off);
         add("a packet that no longer fits is refused", mangled);
         add("a superpacket that lost a segment is refused in the end", torn);
+        add("a device that is down refuses no superpackets", down);
         add("short packets leave large buffers", short_packets);
         add("a packet received by copy has its checksum", received_by_copy);
         add("a hand-off carries superpackets", through_a_handoff);
@@ -982,6 +983,19 @@ fn torn(backend: Backend) {
     let counters = worker.counters(port).unwrap();
     assert_eq!((counters.sent_packets, counters.refused.count(libc::EIO)), (0, 1));
     assert!(counters.cut_segments > 0 && counters.cut_segments < 200);
+}
+
+fn down(backend: Backend) {
+    let (mut worker, port, device) = with_device(backend, Offloads::all());
+    device.set_up(false).unwrap();
+    let mut batch = Batch::with_capacity(10);
+    let mut all = superpacket(&worker, &udp_superpacket(&[5; 1_000], 100, 9));
+    assert_eq!(all.split_into(&mut batch), Ok(10));
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!(sent.stopped.map(|error| error.kind()), Some(PortErrorKind::Down));
+    let counters = worker.counters(port).unwrap();
+    assert_eq!((counters.sent_packets, counters.offloads_refused), (0, 0));
+    assert!(counters.refused_packets > 0);
 }
 
 fn short_packets(backend: Backend) {

@@ -168,7 +168,7 @@ impl OutgoingRules {
         })
     }
 
-    fn refused(&mut self, kind: GsoType) {
+    pub(super) fn refused(&mut self, kind: GsoType) {
         let count = &mut self.refusals[kind as usize];
         *count += 1;
         if *count >= REFUSALS {
@@ -311,8 +311,8 @@ enum Again {
     Same,
     /// The kernel refused the superpacket that stands in front: cut it.
     Cut,
-    /// It refused one that was merged: send its packets as they are.
-    Unmerged,
+    /// It refused one of this kind that was merged: send its packets as they are.
+    Unmerged(GsoType),
 }
 
 /// Sends from the front of the batch.
@@ -337,9 +337,19 @@ pub(super) fn send(
         }
         match next(&port.outgoing, batch, again == Again::Cut) {
             Next::Run(count) => {
-                let merge = again != Again::Unmerged;
+                let refused = match again {
+                    Again::Unmerged(kind) => Some(kind),
+                    _ => None,
+                };
+                let merge = refused.is_none();
                 let sent = run(writer, outbox, cx, ports, index, batch, count, merge, &mut again);
                 outbox.consume(batch, sent.accepted + sent.refused);
+                // What is not taken by itself either was refused for another reason.
+                if let Some(kind) = refused
+                    && sent.accepted > 0
+                {
+                    ports.at(index).offload_refused(kind);
+                }
                 total.add(sent);
             }
             Next::Cut => {
@@ -457,15 +467,13 @@ fn run(
     if let Some(refused) = refused
         && sent.stopped.is_none()
     {
-        *again = if writes[refused].packets > 1 {
-            // What went alone before was refused for another reason.
-            port.tally.offloads_refused.add(1);
-            if let Some(kind) = writes[refused].kind {
-                port.outgoing.refused(kind);
-            }
-            Again::Unmerged
-        } else {
-            Again::Cut
+        *again = match writes[refused] {
+            Write {
+                kind: Some(kind),
+                packets: 2..,
+                ..
+            } => Again::Unmerged(kind),
+            _ => Again::Cut,
         };
     }
     sent
@@ -542,11 +550,11 @@ fn cut(
     }
     outbox.segments = segments;
     let port = ports.at(index);
-    if was_refused && total.accepted > 0 {
-        port.tally.offloads_refused.add(1);
-        if let Some(kind) = kind {
-            port.outgoing.refused(kind);
-        }
+    if was_refused
+        && total.accepted > 0
+        && let Some(kind) = kind
+    {
+        port.offload_refused(kind);
     }
     let done = !batch[0].is_superpacket();
     let refusal = torn.or(total.refusal);

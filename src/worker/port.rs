@@ -13,7 +13,7 @@ use super::handoff::{self, HandoffEnd};
 use super::outgoing::{self, OutgoingRules, Superpackets};
 use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::{PortError, PortErrorKind};
-use crate::offload::{Offloads, VnetHdr};
+use crate::offload::{GsoType, Offloads, VnetHdr};
 use crate::queue::Queue;
 use crate::stats::{Counters, PortTally};
 use crate::sys::fd;
@@ -256,6 +256,12 @@ impl Port {
                 self.outgoing.give_up(kind);
             }
         }
+    }
+
+    /// The kernel took in pieces what it did not take as a superpacket.
+    pub(super) fn offload_refused(&mut self, kind: GsoType) {
+        self.tally.offloads_refused.add(1);
+        self.outgoing.refused(kind);
     }
 
     pub(super) fn is_udp(&self) -> bool {
