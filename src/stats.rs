@@ -14,7 +14,8 @@ use crate::worker::PortId;
 ///
 /// The books balance: what the kernel handed over is `received_packets + truncated`, and what was given to `send` or `send_many` and
 /// consumed is `sent_packets + refused_packets`; for a queue with offloads, of what the kernel handed over `bad_headers` comes on top. The kernel counts
-/// writes: `sent_packets - merged_packets + merged_superpackets - cut_superpackets + cut_segments`.
+/// writes: `sent_packets - merged_packets + merged_superpackets - cut_superpackets + cut_segments`, as long as nothing that was cut was refused; and up to
+/// three that asked it, as the port was attached, whether it takes superpackets.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counters {
@@ -26,7 +27,7 @@ pub struct Counters {
     pub truncated: u64,
     /// Packets that the kernel took.
     pub sent_packets: u64,
-    /// Their bytes.
+    /// Their bytes as they were written: merged, the headers count once; cut, in each segment.
     pub sent_bytes: u64,
     /// Packets that the kernel refused for good; they were dropped. By errno in [`refused`](Self::refused).
     pub refused_packets: u64,

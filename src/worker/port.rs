@@ -89,8 +89,8 @@ impl From<UdpSocket> for Endpoint {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct PortInfo {
-    /// What may be sent unfinished or uncut and goes so: granted to the device, not refused by the kernel since, and not switched off. Everything else
-    /// is finished and cut by the worker.
+    /// What may be sent unfinished or uncut and goes so: granted to the device when the port was attached, not refused by the kernel since, and not
+    /// switched off. Everything else is finished and cut by the worker.
     pub passes: Offloads,
     /// What is switched on.
     pub superpackets: Superpackets,
