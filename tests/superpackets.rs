@@ -16,7 +16,7 @@ use tun_driver::lab::{Namespace, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
 use tun_driver::{
-    Backend, Batch, Builder, Counters, Device, Engine, Event, Handler, Mode, MultiQueue, Offloads, PacketBuf,
+    Backend, Batch, Builder, Counters, Device, Endpoint, Engine, Event, Handler, Mode, MultiQueue, Offloads, PacketBuf,
     PortErrorKind, PortId, Superpackets, Wait, Waker, Worker, WorkerConfig,
 };
 
@@ -69,7 +69,7 @@ const RIGHT6: Ipv6Addr = Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2);
 struct Wire {
     ends: [Namespace; 2],
     waker: Waker,
-    thread: Option<JoinHandle<[Counters; 2]>>,
+    thread: Option<JoinHandle<[(Counters, Endpoint); 2]>>,
 }
 
 /// What the worker does with a batch between receiving and sending.
@@ -135,7 +135,10 @@ impl Wire {
             }
             tell.send(worker.waker()).unwrap();
             carry(&mut worker, ports, setting.between);
-            ports.map(|port| worker.counters(port).unwrap())
+            ports.map(|port| {
+                let detached = worker.detach(port).unwrap();
+                (detached.counters, detached.endpoint)
+            })
         });
         Self {
             ends,
@@ -148,6 +151,9 @@ impl Wire {
     fn end(mut self) -> [Counters; 2] {
         // What is on its way arrives.
         thread::sleep(Duration::from_millis(100));
+        self.waker.stop();
+        // Nothing is read or written any more, and the devices are still there.
+        let ended = self.thread.take().unwrap().join().unwrap();
         let kernel = [0, 1].map(|side: usize| {
             self.ends[side]
                 .run(|| {
@@ -156,8 +162,7 @@ impl Wire {
                 })
                 .unwrap()
         });
-        self.waker.stop();
-        let counters = self.thread.take().unwrap().join().unwrap();
+        let counters = ended.map(|(counters, _)| counters);
         for (counters, kernel) in counters.iter().zip(kernel) {
             let writes = counters.sent_packets - counters.merged_packets + counters.merged_superpackets
                 - counters.cut_superpackets
