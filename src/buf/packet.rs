@@ -248,7 +248,11 @@ impl PacketBuf {
     pub fn segments(&mut self) -> Result<Segments<'_>, VnetFault> {
         self.finish_checksum()?;
         match self.gso()? {
-            Some(gso) => Segments::new(&gso, self),
+            Some(gso) => {
+                // Its headers are written over from now on.
+                self.shape = Shape::Plain;
+                Segments::new(&gso, self)
+            }
             None => Ok(Segments::whole(self)),
         }
     }
@@ -560,6 +564,10 @@ impl Deref for PacketBuf {
 impl DerefMut for PacketBuf {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
+        // What was verified may be changed.
+        if self.shape == Shape::Verified {
+            self.shape = Shape::Plain;
+        }
         let at = self.arena.address(self.slot, self.start);
         // SAFETY: as in `deref`; `&mut self` makes it the only access.
         unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), self.len as usize) }

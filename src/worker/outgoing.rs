@@ -85,7 +85,7 @@ pub(super) trait Writer {
 /// What a port of a device with offloads does with superpackets. All on by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Superpackets {
-    /// Superpackets of TCP are passed on as they are, as far as the device takes them.
+    /// Superpackets of TCP are passed on as they are, as far as the device takes them. Without, none is made by merging either.
     pub tso: bool,
     /// The same of UDP.
     pub uso: bool,
