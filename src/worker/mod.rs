@@ -235,7 +235,7 @@ impl Worker {
     /// receive into ([`WorkerConfig::receive_reserve`]; less when many ports share a small arena).
     ///
     /// # Errors
-    /// The device's MTU is longer than the buffers; too many ports (256); no buffer left to reserve; a queue that cannot be read (its
+    /// Too many ports (256); no buffer left to reserve; a queue that cannot be read (its
     /// device is gone). The endpoint is closed with the error.
     pub fn attach(&mut self, endpoint: impl Into<Endpoint>) -> Result<PortId, OpenError> {
         let endpoint = endpoint.into();
