@@ -73,7 +73,6 @@ impl MultiQueue {
     ///   `rx_dropped` per queue, and nothing enters the stack.
     /// * `O_NONBLOCK` belongs to the open file, not to the descriptor: whoever else holds a copy of it finds it non-blocking too.
     /// * Copies held elsewhere keep the queue and with it the device alive, and whoever reads from one takes packets away from here.
-    ///
     /// * Of a device with `IFF_VNET_HDR` the offloads are switched off and the header is made ten bytes long, for all who hold queues of it.
     ///
     /// On failure all descriptors are closed.
