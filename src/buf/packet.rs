@@ -247,11 +247,11 @@ impl PacketBuf {
     /// ```
     pub fn segments(&mut self) -> Result<Segments<'_>, VnetFault> {
         self.finish_checksum()?;
-        match self.gso()? {
-            Some(gso) => {
+        match self.plan()? {
+            Some(plan) => {
                 // Its headers are written over from now on.
                 self.shape = Shape::Plain;
-                Segments::new(&gso, self)
+                Ok(Segments::planned(plan, self))
             }
             None => Ok(Segments::whole(self)),
         }

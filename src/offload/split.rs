@@ -286,11 +286,15 @@ impl<'a> Segments<'a> {
     /// # Errors
     /// As [`Plan::new`].
     pub fn new(gso: &Gso, packet: &'a mut [u8]) -> Result<Self, VnetFault> {
-        Ok(Self {
-            plan: Some(Plan::new(gso, packet)?),
+        Ok(Self::planned(Plan::new(gso, packet)?, packet))
+    }
+
+    pub(crate) fn planned(plan: Plan, packet: &'a mut [u8]) -> Self {
+        Self {
+            plan: Some(plan),
             packet,
             next: 0,
-        })
+        }
     }
 
     /// For a packet that is not to be cut: it comes as it is.

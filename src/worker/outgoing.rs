@@ -50,8 +50,8 @@ pub(super) struct Write {
     pub(super) class: Option<SizeClass>,
     /// The driver's header, if it says that this is a superpacket.
     pub(super) kind: Option<GsoType>,
-    /// Not of this worker's arena.
-    pub(super) foreign: bool,
+    /// Of its packets, those that are not of this worker's arena.
+    pub(super) foreign: u32,
     /// Packets in it.
     packets: u32,
 }
@@ -490,10 +490,6 @@ fn cut(
     batch: &mut Batch,
     was_refused: bool,
 ) -> Sent {
-    if batch[0].plan().is_err() {
-        // More headers than anybody needs.
-        return refuse_front(ports.at(index), batch);
-    }
     outbox.expect_superpackets();
     let kind = match batch[0].shape() {
         Shape::Gso { kind, .. } => Some(kind),
@@ -508,9 +504,15 @@ fn cut(
     let mut segments = std::mem::replace(&mut outbox.segments, Batch::with_capacity(0));
     while total.stopped.is_none() {
         let front = &mut batch[0];
-        let Ok(Some(plan)) = front.plan() else {
+        let plan = match front.plan() {
+            Ok(Some(plan)) => plan,
             // All of it is out.
-            break;
+            Ok(None) => break,
+            // More headers than anybody needs; found before anything was sent.
+            Err(_) => {
+                outbox.segments = segments;
+                return refuse_front(ports.at(index), batch);
+            }
         };
         let most = plan.count().min(LONGEST as usize);
         while segments.len() < most
@@ -633,10 +635,11 @@ impl Outbox {
             scratch[..VnetHdr::LEN].copy_from_slice(&header.to_bytes());
             scratch[VnetHdr::LEN..front].copy_from_slice(bytes);
             parts.push(iovec(&scratch[..front]));
-            let mut len = front;
+            let (mut len, mut foreign) = (front, 0);
             for (member, payload) in group.parts() {
                 let payload = &batch[member][payload];
                 len += payload.len();
+                foreign += u32::from(!batch[member].is_home(arena));
                 parts.push(iovec(payload));
                 self.members.push(member as u8);
             }
@@ -645,6 +648,7 @@ impl Outbox {
                 len: len as u32,
                 parts: (parts.len() - first) as u32,
                 kind: Some(kind),
+                foreign,
                 packets: group.len() as u32,
                 ..Write::EMPTY
             });
@@ -681,7 +685,7 @@ impl Write {
         len: 0,
         parts: 0,
         class: None,
-        foreign: false,
+        foreign: 0,
         kind: None,
         packets: 1,
     };
@@ -694,7 +698,7 @@ impl Write {
             at: packet.as_ptr(),
             len: packet.len() as u32,
             class: home.then(|| packet.class()),
-            foreign: !home,
+            foreign: u32::from(!home),
             ..Self::EMPTY
         }
     }

@@ -78,41 +78,39 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
 
 /// Sends the packets, at most [`LONGEST`] of them. Never blocks.
 pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -> Sent {
-    {
-        let count = batch.len().min(cx.datagrams.capacity()).min(LONGEST as usize);
-        for (index, packet) in batch[..count].iter_mut().enumerate() {
-            let (len, peer) = (packet.len(), packet.peer());
-            cx.datagrams
-                .set(index, std::ptr::NonNull::from(&mut packet[..]).cast(), len, peer);
-        }
-        let mut results = [0i32; LONGEST as usize];
-        let (mut done, mut retries) = (0, 0);
-        while done < count {
-            port.tally.system_calls.add(1);
-            // SAFETY: each entry points into a packet of the batch, which is not touched until the call returns.
-            match unsafe { cx.datagrams.send(port.fd, done, count) } {
-                Ok(sent) => {
-                    for index in done..done + sent {
-                        results[index] = batch[index].len() as i32;
-                    }
-                    done += sent.max(1);
-                }
-                Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
-                    // Told about an earlier datagram; this one was not tried.
-                    libc::ECONNREFUSED | libc::EINTR if retries < RETRIES => retries += 1,
-                    errno @ (libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {
-                        results[done..count].fill(-errno);
-                        done = count;
-                    }
-                    errno => {
-                        results[done] = -errno;
-                        done += 1;
-                    }
-                },
-            }
-        }
-        judge(port, "sendmmsg", &results[..count], |index| {
-            Weight::of(batch[index].len())
-        })
+    let count = batch.len().min(cx.datagrams.capacity()).min(LONGEST as usize);
+    for (index, packet) in batch[..count].iter_mut().enumerate() {
+        let (len, peer) = (packet.len(), packet.peer());
+        cx.datagrams
+            .set(index, std::ptr::NonNull::from(&mut packet[..]).cast(), len, peer);
     }
+    let mut results = [0i32; LONGEST as usize];
+    let (mut done, mut retries) = (0, 0);
+    while done < count {
+        port.tally.system_calls.add(1);
+        // SAFETY: each entry points into a packet of the batch, which is not touched until the call returns.
+        match unsafe { cx.datagrams.send(port.fd, done, count) } {
+            Ok(sent) => {
+                for index in done..done + sent {
+                    results[index] = batch[index].len() as i32;
+                }
+                done += sent.max(1);
+            }
+            Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
+                // Told about an earlier datagram; this one was not tried.
+                libc::ECONNREFUSED | libc::EINTR if retries < RETRIES => retries += 1,
+                errno @ (libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {
+                    results[done..count].fill(-errno);
+                    done = count;
+                }
+                errno => {
+                    results[done] = -errno;
+                    done += 1;
+                }
+            },
+        }
+    }
+    judge(port, "sendmmsg", &results[..count], |index| {
+        Weight::of(batch[index].len())
+    })
 }
