@@ -23,6 +23,7 @@
 //! - If no namespace can be had, all trials are ignored with the reason; `TUN_DRIVER_REQUIRE_NETNS=1` makes that a failure.
 //! - `TUN_DRIVER_SLOWNESS=5` makes the bounds five times as long.
 //! - `TUN_DRIVER_REQUIRE_ALL=1` makes each [`skip`] a failure.
+//! - `TUN_DRIVER_LONG=1` raises [`repeats`] to the counts of a long run; bounds grow with them.
 #![allow(dead_code, unreachable_pub)] // each test file uses its share
 
 use std::any::Any;
@@ -44,6 +45,9 @@ const BOUND: Duration = Duration::from_secs(60);
 
 /// The bounds are multiplied by this number, on an emulated machine.
 const SLOWNESS: &str = "TUN_DRIVER_SLOWNESS";
+
+/// Selects the repeat counts of a long run.
+const LONG: &str = "TUN_DRIVER_LONG";
 
 /// One check, run in a namespace of its own.
 pub struct Trial {
@@ -137,6 +141,11 @@ pub fn need_backend(backend: Backend) {
     }
 }
 
+/// How often to repeat a fault: `short` times by default, `long` times in a long run.
+pub fn repeats(short: usize, long: usize) -> usize {
+    if is_set(LONG) { long } else { short }
+}
+
 /// How many times slower than usual this machine is taken to be.
 pub fn slowness() -> u32 {
     env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS))
@@ -175,7 +184,8 @@ fn run_one(trial: Trial) -> Result<Completion, Failed> {
             let _ = sender.send(outcome);
         })
         .map_err(|error| Failed::from(format!("no thread for the trial: {error}")))?;
-    let bound = trial.bound * slowness();
+    // The repeats of a long run take up to an hour.
+    let bound = trial.bound * slowness() * repeats(1, 60) as u32;
     match receiver.recv_timeout(bound) {
         Ok(Ok(())) => Ok(Completion::Completed),
         Ok(Err(payload)) => match payload.downcast::<Skip>() {
