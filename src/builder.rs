@@ -13,7 +13,7 @@ use crate::device::{Device, in_netns};
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
 #[cfg(feature = "netlink")]
-use crate::netlink::{Handle, RequestError};
+use crate::netlink::{self, Handle, RequestError};
 use crate::offload::Offloads;
 use crate::queue::{MultiQueue, QueueInfo, SharedOffloads};
 use crate::sys::netdevice::{ControlSocket, IfName};
@@ -211,6 +211,9 @@ impl Builder {
     }
 
     /// Adds an address with the length of its prefix. May be called again for more.
+    ///
+    /// [`open`](Self::open) refuses an address whose network another device that is up has already (EEXIST, with the name of that
+    /// device): the kernel would take it and send to that network through the other device. Single addresses (/32, /128) may be shared.
     #[cfg(feature = "netlink")]
     pub fn address(mut self, address: impl Into<IpAddr>, prefix: u8) -> Self {
         self.addresses.push((address.into(), prefix));
@@ -219,6 +222,9 @@ impl Builder {
 
     /// Adds a route through the device to `destination`/`prefix`, by way of `gateway` if there is one. The device must be
     /// [`up`](Self::up). May be called again for more.
+    ///
+    /// A route that exists already is no error if it is this one. If packets to exactly this destination take another route of the main
+    /// table, [`open`](Self::open) fails with EEXIST and names the device that they go through. Longer prefixes are not looked at.
     #[cfg(feature = "netlink")]
     pub fn route(mut self, destination: impl Into<IpAddr>, prefix: u8, gateway: Option<IpAddr>) -> Self {
         self.routes.push(Route {
@@ -432,7 +438,7 @@ impl Builder {
         }
         // Routes over a device that is down are refused.
         #[cfg(feature = "netlink")]
-        self.add_routes(device, attached)?;
+        self.add_routes(device)?;
         #[cfg(not(feature = "netlink"))]
         let _ = attached;
         Ok(())
@@ -443,8 +449,9 @@ impl Builder {
         if self.addresses.is_empty() {
             return Ok(());
         }
-        let netlink = Handle::new().map_err(|error| netlink_error(&error, String::new()))?;
+        let netlink = open_netlink()?;
         for &(address, prefix) in &self.addresses {
+            check_network(&netlink, device.index(), address, prefix)?;
             let result = netlink.add_address(device.index(), address, prefix);
             there_already(result, attached).map_err(|error| netlink_error(&error, format!("{address}/{prefix}")))?;
         }
@@ -452,20 +459,28 @@ impl Builder {
     }
 
     #[cfg(feature = "netlink")]
-    fn add_routes(&self, device: &Device, attached: bool) -> Result<(), OpenError> {
+    fn add_routes(&self, device: &Device) -> Result<(), OpenError> {
         if self.routes.is_empty() {
             return Ok(());
         }
-        let netlink = Handle::new().map_err(|error| netlink_error(&error, String::new()))?;
-        for &Route {
-            destination,
-            prefix,
-            gateway,
-        } in &self.routes
-        {
-            let result = netlink.add_route(destination, prefix, gateway, device.index());
-            there_already(result, attached)
-                .map_err(|error| netlink_error(&error, format!("the route to {destination}/{prefix}")))?;
+        let netlink = open_netlink()?;
+        for route in &self.routes {
+            let &Route {
+                destination,
+                prefix,
+                gateway,
+            } = route;
+            let added = netlink.add_route(destination, prefix, gateway, device.index());
+            match added {
+                // Another metric is another route: the kernel takes both, and packets follow the lesser one. IPv4 routes get the least.
+                Ok(()) if destination.is_ipv6() => check_route(&netlink, device.index(), route)?,
+                Err(error) if netlink_errno(&error) == Some(libc::EEXIST) => {
+                    check_route(&netlink, device.index(), route)?;
+                }
+                result => {
+                    result.map_err(|error| netlink_error(&error, format!("the route to {destination}/{prefix}")))?
+                }
+            }
         }
         Ok(())
     }
@@ -571,6 +586,107 @@ fn there_already(result: io::Result<()>, attached: bool) -> io::Result<()> {
         Err(error) if attached && netlink_errno(&error) == Some(libc::EEXIST) => Ok(()),
         result => result,
     }
+}
+
+#[cfg(feature = "netlink")]
+fn open_netlink() -> Result<Handle, OpenError> {
+    Handle::new().map_err(|error| {
+        let errno = netlink_errno(&error).map_or_else(|| io::Error::from(error.kind()), io::Error::from_raw_os_error);
+        match errno.raw_os_error() {
+            Some(libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT | libc::ENOSYS) => {
+                OpenError::new(
+                    OpenErrorKind::Unsupported,
+                    "socket(AF_NETLINK)",
+                    &errno,
+                    "addresses and routes are set through rtnetlink, which the kernel or a sandbox (seccomp, \
+                 RestrictAddressFamilies) refuses; allow AF_NETLINK, or set them from outside",
+                )
+            }
+            _ => attach::os_error("socket(AF_NETLINK)", &errno),
+        }
+    })
+}
+
+/// Refuses an address whose network another device that is up has already: the kernel takes it, and sends to that network through the other
+/// device. A single address (/32, /128) has no network, and tunnels may share one.
+#[cfg(feature = "netlink")]
+fn check_network(netlink: &Handle, index: u32, address: IpAddr, prefix: u8) -> Result<(), OpenError> {
+    if prefix == if address.is_ipv4() { 32 } else { 128 } {
+        return Ok(());
+    }
+    let subject = format!("{address}/{prefix}");
+    let others = netlink
+        .addresses(address)
+        .map_err(|error| netlink_error(&error, subject.clone()))?;
+    for (other, held, length) in others {
+        if other == index || length != prefix || !netlink::same_network(held, address, prefix) {
+            continue;
+        }
+        // One that is gone by now, or is down, draws no packets.
+        let Some(link) = netlink.link(other).ok().filter(|link| link.up) else {
+            continue;
+        };
+        let detail = format!(
+            "{subject}: its network is reached through {:?} already, which has {held}/{length}; take the address from that device, or use another network",
+            link.name
+        );
+        let error = io::Error::from_raw_os_error(libc::EEXIST);
+        return Err(OpenError::new(
+            OpenErrorKind::InvalidSetting,
+            "RTM_NEWADDR",
+            &error,
+            detail,
+        ));
+    }
+    Ok(())
+}
+
+/// Whether packets to the destination really take this route: over this device, and by the gateway asked for.
+#[cfg(feature = "netlink")]
+fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenError> {
+    let subject = format!("the route to {}/{}", asked.destination, asked.prefix);
+    let routes = netlink
+        .routes_to(asked.destination, asked.prefix)
+        .map_err(|error| netlink_error(&error, subject.clone()))?;
+    let is_ours = |route: &netlink::Route| {
+        route.gateway == asked.gateway && !route.links.is_empty() && route.links.iter().all(|&link| link == index)
+    };
+    // The first of those with the least metric is the one in use; of IPv6 routes without gateway, that is the oldest.
+    let Some(used) = routes.iter().min_by_key(|route| route.metric) else {
+        // It was there a moment ago, or is in no table that can be listed.
+        let error = io::Error::from_raw_os_error(libc::EEXIST);
+        let detail = format!("{subject} was there, and changed meanwhile; try again");
+        return Err(OpenError::new(
+            OpenErrorKind::InvalidSetting,
+            "RTM_NEWROUTE",
+            &error,
+            detail,
+        ));
+    };
+    if is_ours(used) {
+        return Ok(());
+    }
+    let via = used
+        .gateway
+        .map_or_else(String::new, |gateway| format!(" by way of {gateway}"));
+    let way = match used.links.iter().find(|&&link| link != index).or(used.links.first()) {
+        Some(&link) => match netlink.link(link) {
+            Ok(link) => format!("leads through {:?}{via}", link.name),
+            Err(_) => format!("leads through device {link}{via}"),
+        },
+        None => "drops the packets".to_owned(),
+    };
+    let detail = format!(
+        "{subject} exists already, with metric {}, and {way}; delete that route, or use a longer prefix",
+        used.metric
+    );
+    let error = io::Error::from_raw_os_error(libc::EEXIST);
+    Err(OpenError::new(
+        OpenErrorKind::InvalidSetting,
+        "RTM_NEWROUTE",
+        &error,
+        detail,
+    ))
 }
 
 #[cfg(feature = "netlink")]

@@ -363,6 +363,33 @@ impl Handle {
         self.act("RTM_NEWROUTE (blackhole)", message, NLM_F_CREATE | NLM_F_EXCL)
     }
 
+    /// The routes of the main table to exactly `net`/`prefix`, as the kernel lists them: equal metrics in the order of its choice.
+    pub(crate) fn routes_to(&self, net: IpAddr, prefix: u8) -> io::Result<Vec<Route>> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(net);
+        let answers = self.request(
+            "RTM_GETROUTE (dump)",
+            RouteNetlinkMessage::GetRoute(message),
+            NLM_F_DUMP,
+        )?;
+        let routes = answers
+            .into_iter()
+            .filter_map(|answer| parse_route(answer, net, prefix));
+        Ok(routes.collect())
+    }
+
+    /// The addresses of all links, of the family of `like`: link, address, length of the prefix.
+    pub(crate) fn addresses(&self, like: IpAddr) -> io::Result<Vec<(u32, IpAddr, u8)>> {
+        let mut message = AddressMessage::default();
+        message.header.family = family(like);
+        let answers = self.request(
+            "RTM_GETADDR (dump)",
+            RouteNetlinkMessage::GetAddress(message),
+            NLM_F_DUMP,
+        )?;
+        Ok(answers.into_iter().filter_map(parse_address).collect())
+    }
+
     /// Removes the route to `net`/`prefix`. ESRCH if there is none.
     pub fn del_route(&self, net: IpAddr, prefix: u8) -> io::Result<()> {
         let mut message = route_message(net, prefix, RouteType::Unspec);
@@ -682,6 +709,82 @@ fn blackhole_rule(family: AddressFamily, name: &str) -> RuleMessage {
     message.attributes.push(RuleAttribute::Iifname(name.to_owned()));
     message.attributes.push(RuleAttribute::Priority(1)); // behind the local table (0), in front of the main one (32766)
     message
+}
+
+/// One route, as far as it says where packets go.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Route {
+    /// The links that it leads over; none for a route that drops.
+    pub(crate) links: Vec<u32>,
+    pub(crate) gateway: Option<IpAddr>,
+    /// The least is taken.
+    pub(crate) metric: u32,
+}
+
+fn parse_route(answer: RouteNetlinkMessage, net: IpAddr, prefix: u8) -> Option<Route> {
+    let RouteNetlinkMessage::NewRoute(message) = answer else {
+        return None;
+    };
+    let header = &message.header;
+    // A dump is of all tables and families where the kernel does not filter, and lists cached exceptions on some.
+    if header.address_family != family(net)
+        || header.table != RouteHeader::RT_TABLE_MAIN
+        || header.destination_prefix_length != prefix
+    {
+        return None;
+    }
+    let mut destination = match net {
+        IpAddr::V4(_) => IpAddr::from(Ipv4Addr::UNSPECIFIED),
+        IpAddr::V6(_) => IpAddr::from(Ipv6Addr::UNSPECIFIED),
+    };
+    let mut route = Route {
+        links: Vec::new(),
+        gateway: None,
+        metric: 0,
+    };
+    for attribute in message.attributes {
+        match attribute {
+            RouteAttribute::Destination(RouteAddress::Inet(address)) => destination = address.into(),
+            RouteAttribute::Destination(RouteAddress::Inet6(address)) => destination = address.into(),
+            RouteAttribute::Gateway(RouteAddress::Inet(address)) => route.gateway = Some(address.into()),
+            RouteAttribute::Gateway(RouteAddress::Inet6(address)) => route.gateway = Some(address.into()),
+            RouteAttribute::Oif(link) => route.links.push(link),
+            RouteAttribute::MultiPath(hops) => route.links.extend(hops.iter().map(|hop| hop.interface_index)),
+            RouteAttribute::Priority(metric) => route.metric = metric,
+            _ => {}
+        }
+    }
+    if !matches!(message.header.kind, RouteType::Unicast | RouteType::Local) {
+        // The kernel names the loopback as the link of an IPv6 route that drops.
+        route.links.clear();
+    }
+    same_network(destination, net, prefix).then_some(route)
+}
+
+fn parse_address(answer: RouteNetlinkMessage) -> Option<(u32, IpAddr, u8)> {
+    let RouteNetlinkMessage::NewAddress(message) = answer else {
+        return None;
+    };
+    let mut address = None;
+    for attribute in &message.attributes {
+        match attribute {
+            // With a peer, the network is that of the peer, which this attribute then names.
+            AddressAttribute::Address(peer) => address = Some(*peer),
+            AddressAttribute::Local(local) => address = address.or(Some(*local)),
+            _ => {}
+        }
+    }
+    Some((message.header.index, address?, message.header.prefix_len))
+}
+
+/// Whether two addresses agree in their first `prefix` bits.
+pub(crate) fn same_network(one: IpAddr, other: IpAddr, prefix: u8) -> bool {
+    let bits = |address| match address {
+        IpAddr::V4(address) => u128::from(Ipv4Addr::to_bits(address)) << 96,
+        IpAddr::V6(address) => Ipv6Addr::to_bits(address),
+    };
+    let differing = bits(one) ^ bits(other);
+    one.is_ipv4() == other.is_ipv4() && (prefix == 0 || differing >> (128 - u32::from(prefix.min(128))) == 0)
 }
 
 fn family(address: IpAddr) -> AddressFamily {

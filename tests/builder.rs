@@ -497,6 +497,118 @@ fn main() {
             assert_eq!(error.call(), "RTM_NEWADDR");
             assert!(!exists("net"));
         }),
+        trial(
+            "a route that leads around the device is refused, and its device named",
+            || {
+                need_tun();
+                let netlink = Handle::new().unwrap();
+                let (eth, _peer) = netlink.add_veth("eth9", "peer9").unwrap();
+                netlink.set_up(eth, true).unwrap();
+                netlink.set_up(netlink.index_of("peer9").unwrap(), true).unwrap();
+                let any = |text: &str| text.parse::<IpAddr>().unwrap();
+                netlink.add_address(eth, any("198.18.7.1"), 24).unwrap();
+                netlink.add_address(eth, any("fd00:7::1"), 64).unwrap();
+                for (net, prefix) in [("0.0.0.0", 0), ("::", 0), ("10.7.0.0", 16), ("fd00:8::", 32)] {
+                    netlink.add_route(any(net), prefix, None, eth).unwrap();
+                }
+                netlink.add_blackhole(any("10.66.0.0"), 16).unwrap();
+                netlink.add_blackhole(any("fd00:66::"), 32).unwrap();
+                drop(Builder::new("gw", Mode::Tun).persist(true).open().unwrap());
+                // The IPv6 network of eth9 has metric 256 and a route of ours 1024: the kernel takes that one without an error.
+                for (net, prefix, words) in [
+                    ("0.0.0.0", 0, "eth9"),
+                    ("::", 0, "eth9"),
+                    ("10.7.0.0", 16, "eth9"),
+                    ("fd00:8::", 32, "eth9"),
+                    ("198.18.7.0", 24, "eth9"),
+                    ("fd00:7::", 64, "eth9"),
+                    ("10.66.0.0", 16, "drops"),
+                    ("fd00:66::", 32, "drops"),
+                ] {
+                    for attach in [true, false] {
+                        let name = if attach { "gw" } else { "fresh" };
+                        let opened = Builder::new(name, Mode::Tun)
+                            .attach_existing(attach)
+                            .up(true)
+                            .route(any(net), prefix, None)
+                            .open();
+                        let error = opened.expect_err(net);
+                        assert_eq!(
+                            (error.kind(), error.raw_os_error(), error.call()),
+                            (OpenErrorKind::InvalidSetting, Some(libc::EEXIST), "RTM_NEWROUTE"),
+                            "{error}"
+                        );
+                        assert!(error.detail().contains(words), "{error}");
+                    }
+                }
+                // Ours, and again ours, with a gateway too; another gateway is another way.
+                let routes = |gateway: &str, gateway6: &str| {
+                    Builder::new("gw", Mode::Tun)
+                        .attach_existing(true)
+                        .up(true)
+                        .address(Ipv4Addr::new(198, 18, 9, 1), 24)
+                        .address(any("fd00:9::1"), 64)
+                        .route(Ipv4Addr::new(10, 5, 0, 0), 16, None)
+                        .route(any("fd00:5::"), 32, None)
+                        .route(Ipv4Addr::new(10, 6, 0, 0), 16, Some(any(gateway)))
+                        .route(any("fd00:6::"), 32, Some(any(gateway6)))
+                        .open()
+                };
+                for _ in 0..2 {
+                    routes("198.18.9.2", "fd00:9::2").expect("our own routes");
+                }
+                for (gateway, gateway6) in [("198.18.9.3", "fd00:9::2"), ("198.18.9.2", "fd00:9::3")] {
+                    let error = routes(gateway, gateway6).unwrap_err();
+                    assert_eq!(error.raw_os_error(), Some(libc::EEXIST), "{error}");
+                    assert!(error.detail().contains("through \"gw\" by way of"), "{error}");
+                }
+            },
+        ),
+        trial(
+            "an address in another device's network is refused, and the device named",
+            || {
+                need_tun();
+                let any = |text: &str| text.parse::<IpAddr>().unwrap();
+                let mut other = Builder::new("other", Mode::Tun)
+                    .address(any("198.18.7.1"), 24)
+                    .address(any("fd00:7::1"), 64)
+                    .address(any("198.18.8.1"), 32)
+                    .up(true)
+                    .open()
+                    .unwrap();
+                drop(Builder::new("gw", Mode::Tun).persist(true).open().unwrap());
+                let open = |attach: bool, address: &str, prefix| {
+                    Builder::new(if attach { "gw" } else { "fresh" }, Mode::Tun)
+                        .attach_existing(attach)
+                        .up(true)
+                        .address(any(address), prefix)
+                        .open()
+                };
+                for (address, prefix) in [
+                    ("198.18.7.1", 24),
+                    ("198.18.7.2", 24),
+                    ("fd00:7::1", 64),
+                    ("fd00:7::2", 64),
+                ] {
+                    for attach in [true, false] {
+                        let error = open(attach, address, prefix).expect_err(address);
+                        assert_eq!(
+                            (error.kind(), error.raw_os_error(), error.call()),
+                            (OpenErrorKind::InvalidSetting, Some(libc::EEXIST), "RTM_NEWADDR"),
+                            "{error}"
+                        );
+                        assert!(error.detail().contains("\"other\""), "{error}");
+                    }
+                }
+                // A longer prefix is ours, and a single address has no network.
+                open(false, "198.18.7.1", 25).unwrap();
+                open(false, "198.18.8.1", 32).unwrap();
+                // A device that is down draws nothing.
+                other.set_up(false).unwrap();
+                open(false, "198.18.7.2", 24).unwrap();
+                other.set_persist(false).unwrap();
+            },
+        ),
         trial("a device in another namespace", || {
             need_tun();
             let there = namespace();
