@@ -7,7 +7,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use common::{need_tun, trial};
+use common::{need_tun, repeats, trial};
 use device::{
     NOBODY, Node, copy, descriptor_flags, exists, ioctl_int, ioctl_value, link, namespace, raw_tun, raw_unattached,
     read_packet, socket_behind, try_read, udp_packet, udp_payload, unprivileged, write,
@@ -205,6 +205,65 @@ fn main() {
                 tun.set_mac([2, 0, 0, 0, 0, 9]).unwrap_err().raw_os_error(),
                 Some(libc::EINVAL)
             );
+        }),
+        trial("the handle of a device that moved changes no other device", || {
+            need_tun();
+            // T8. The device moves away, and others take its index and its name.
+            for (queues, mode) in [(1, Mode::Tun), (2, Mode::Tap)] {
+                let device = Builder::new("moving", mode).queues(queues).up(true).open().unwrap();
+                let handle = device.device().unwrap().clone();
+                let index = handle.index();
+                let netlink = Handle::new().unwrap();
+                // What happens to other links, and a port that leaves its bridge, is not a departure.
+                let bridge = netlink.add_bridge("bridge").unwrap();
+                if mode == Mode::Tap {
+                    netlink.set_master(index, Some(bridge)).unwrap();
+                    netlink.set_master(index, None).unwrap();
+                }
+                for _ in 0..repeats(20, 1_000) {
+                    let (one, _) = netlink.add_veth("churn", "churn2").unwrap();
+                    netlink.delete(one).unwrap();
+                }
+                assert_eq!(handle.mtu().unwrap(), 1500);
+                let (away, other) = (namespace(), namespace());
+                let here = tun_driver::lab::Namespace::current().unwrap();
+                netlink.move_to_namespace(index, away.as_fd()).unwrap();
+                // A device of the same driver, mode and name, which comes with the same index: another one all the same.
+                let twin = other
+                    .run(|| {
+                        let twin = twin_with(index, queues, mode);
+                        Handle::new().unwrap().move_to_namespace(index, here.as_fd()).unwrap();
+                        twin
+                    })
+                    .unwrap();
+                assert_eq!(link("moving").index, index, "the twin has its index and its name");
+                let gone = |result: io::Result<()>| assert_eq!(result.unwrap_err().raw_os_error(), Some(libc::ENODEV));
+                gone(handle.current_name().map(drop));
+                gone(handle.mtu().map(drop));
+                gone(handle.set_mtu(1234));
+                gone(handle.txqueuelen().map(drop));
+                gone(handle.set_txqueuelen(7));
+                gone(handle.is_up().map(drop));
+                gone(handle.set_up(true));
+                gone(device.set_mtu(1234));
+                if mode == Mode::Tap {
+                    gone(handle.mac().map(drop));
+                    gone(handle.set_mac([2, 0, 0, 0, 0, 9]));
+                }
+                assert!(handle.add_queue().is_err());
+                let seen = link("moving");
+                assert_eq!((seen.mtu, seen.up), (1500, false), "the twin is as it was");
+                // The queues still are of the device that moved.
+                assert_eq!(device.queues()[0].current_name().unwrap(), "moving");
+                drop(twin);
+                // Also when it comes back.
+                away.run(|| Handle::new().unwrap().move_to_namespace(index, here.as_fd()).unwrap())
+                    .unwrap();
+                assert_eq!(link("moving").index, index);
+                gone(handle.mtu().map(drop));
+                drop(device);
+                netlink.delete(bridge).unwrap();
+            }
         }),
         trial("a deleted device is told by every call", || {
             need_tun();
@@ -515,6 +574,17 @@ fn spread(first: &Queue, second: &Queue, flows: usize) -> Option<usize> {
         (0, _) => Some(1),
         _ => None,
     }
+}
+
+/// A device "moving" with this index: the kernel counts up, so they are made and dropped until its turn comes.
+fn twin_with(index: u32, queues: usize, mode: Mode) -> MultiQueue {
+    for _ in 0..100_000 {
+        let twin = Builder::new("moving", mode).queues(queues).open().unwrap();
+        if twin.index() == Some(index) {
+            return twin;
+        }
+    }
+    panic!("no device with the index {index}");
 }
 
 /// The payload of the next UDP packet.
