@@ -138,8 +138,9 @@ impl Pair {
 fn model() {
     let worker = small(16);
     let mut runner = TestRunner::new(Config {
-        cases: 2_000,
+        cases: 2_000 / common::slowness(),
         failure_persistence: None,
+        max_shrink_time: 10_000,
         ..Config::default()
     });
     let steps = proptest::collection::vec((any::<usize>(), step()), 1..60);

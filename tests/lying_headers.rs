@@ -139,7 +139,8 @@ fn truth(said: Claim, sample: &Sample) -> Taken {
     if sample.good && kind == right && (shape.tcp || !ecn) && needs && said.gso_size > 0 && places {
         Taken::Gso {
             kind,
-            size: said.gso_size,
+            // See `GsoType::size_min`.
+            size: said.gso_size.max(if shape.tcp { 8 } else { 1 }),
             ecn,
         }
     } else {
@@ -172,7 +173,7 @@ fn cut(said: Claim, sample: &Sample) {
     let Ok(Meta::Gso(gso)) = said.header().check(&sample.packet, sample.link) else {
         panic!("{said:?}");
     };
-    let (shape, size) = (&sample.shape, usize::from(said.gso_size));
+    let (shape, size) = (&sample.shape, usize::from(gso.size));
     assert_eq!(
         (gso.headers.transport, gso.headers.payload),
         (shape.transport(), shape.headers())
@@ -225,6 +226,8 @@ fn distinct(mut words: Vec<u16>) -> Vec<u16> {
 #[test]
 fn all_small_lies_are_seen_through_and_all_truths_are_cut() {
     let (mut tried, mut cuts, mut finished) = (0u32, 0, 0);
+    // On an emulated machine, three of what is never looked at.
+    let slow = std::env::var_os("TUN_DRIVER_SLOWNESS").is_some();
     for sample in samples() {
         let len = sample.packet.len() as u16;
         let near = [
@@ -250,7 +253,7 @@ fn all_small_lies_are_seen_through_and_all_truths_are_cut() {
         let mut seen = HashSet::new();
         for flags in [0, NEEDS_CSUM] {
             for kind in KINDS.into_iter().flat_map(|kind| [kind, kind | ECN]) {
-                for &hdr_len in &lengths {
+                for &hdr_len in if slow { &lengths[..3] } else { &lengths } {
                     for &gso_size in &lengths {
                         for &csum_start in &starts {
                             for &csum_offset in &offsets {
@@ -287,7 +290,7 @@ fn all_small_lies_are_seen_through_and_all_truths_are_cut() {
         }
     }
     assert!(
-        tried > 6_000_000 && cuts > 80 && finished > 500,
+        tried > if slow { 1_500_000 } else { 6_000_000 } && cuts > 80 && finished > 500,
         "{tried} tried, {cuts} cut, {finished} finished"
     );
 }

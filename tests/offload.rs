@@ -5,7 +5,7 @@ use etherparse::{NetSlice, SlicedPacket, TransportSlice};
 use proptest::prelude::*;
 use tun_driver::offload::coalesce::HEADERS_MAX;
 use tun_driver::offload::headers::{TCP, UDP};
-use tun_driver::offload::{GroTable, Gso, Limits, Link, Meta, Plan, Segments, VnetHdr, vnet};
+use tun_driver::offload::{GroTable, Gso, Limits, Link, Meta, Plan, Segments, VnetFault, VnetHdr, vnet};
 
 /// What a superpacket of a test is made of.
 #[derive(Clone, Debug)]
@@ -206,7 +206,9 @@ proptest! {
             panic!("{:?}", header.check(&packet, recipe.link()));
         };
         let plan = Plan::new(&gso, &packet).unwrap();
-        prop_assert_eq!(plan.count(), recipe.payload.len().div_ceil(recipe.size.into()).max(1));
+        let size = recipe.size.max(gso.kind.size_min());
+        prop_assert_eq!(gso.size, size);
+        prop_assert_eq!(plan.count(), recipe.payload.len().div_ceil(size.into()).max(1));
         // Side by side, and one after another in place: the same bytes.
         let apart: Vec<Vec<u8>> = (0..plan.count())
             .map(|index| {
@@ -234,7 +236,7 @@ proptest! {
             if recipe.tcp {
                 let tcp = &segment[gso.headers.transport..];
                 let sequence = u32::from_be_bytes([tcp[4], tcp[5], tcp[6], tcp[7]]);
-                prop_assert_eq!(sequence, recipe.sequence.wrapping_add((place * usize::from(recipe.size)) as u32));
+                prop_assert_eq!(sequence, recipe.sequence.wrapping_add((place * usize::from(size)) as u32));
                 let mut flags = recipe.flags;
                 if !first {
                     flags &= !0x80;
@@ -355,6 +357,38 @@ fn lying_headers_do_no_harm_and_only_the_truth_is_believed() {
         tried >= 500_000 && believed > 1_000,
         "{tried} tried, {believed} believed"
     );
+}
+
+/// A lying header must not make 64 KiB into 64 Ki packets, and a stream survives longer segments.
+#[test]
+fn tcp_is_cut_into_segments_of_eight_bytes_at_least() {
+    for v6 in [false, true] {
+        for size in 1..=9 {
+            let recipe = Recipe {
+                payload: vec![7; 65_000],
+                size,
+                ..plain(v6, true)
+            };
+            let (header, packet) = recipe.build();
+            let gso = gso_of(header, &packet, Link::None);
+            assert_eq!(gso.size, size.max(8));
+            let count = Plan::new(&gso, &packet).unwrap().count();
+            assert_eq!(count, 65_000usize.div_ceil(size.max(8).into()));
+            let mut own = gso;
+            own.size = size;
+            let planned = Plan::new(&own, &packet).err();
+            assert_eq!(planned, (size < 8).then_some(VnetFault::Size));
+        }
+        // Datagrams cannot be joined without being others.
+        let recipe = Recipe {
+            payload: vec![7; 20],
+            size: 1,
+            ..plain(v6, false)
+        };
+        let (header, packet) = recipe.build();
+        let gso = gso_of(header, &packet, Link::None);
+        assert_eq!(Plan::new(&gso, &packet).unwrap().count(), 20);
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------- merging
@@ -512,6 +546,21 @@ fn limits_hold() {
             .map(Vec::len)
             .collect();
         assert_eq!(sizes, [46, 4], "{v6} {tcp}");
+    }
+}
+
+#[test]
+fn tcp_of_less_than_eight_bytes_begins_no_run() {
+    for (v6, tcp) in KINDS {
+        for len in [1, 7, 8] {
+            let recipe = Recipe {
+                payload: vec![3; len],
+                ..plain(v6, tcp)
+            };
+            let groups = grouped(&recipe.run(20), Link::None, Limits::default());
+            let merges = !tcp || len == 8;
+            assert_eq!(groups.len(), if merges { 1 } else { 20 }, "{v6} {tcp} {len}");
+        }
     }
 }
 

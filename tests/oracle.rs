@@ -7,7 +7,7 @@
 mod common;
 mod device;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::CString;
 use std::fs;
@@ -26,7 +26,7 @@ use tun_driver::netlink::Handle;
 use tun_driver::offload::checksum::{pseudo_header, sum};
 use tun_driver::offload::coalesce::HEADERS_MAX;
 use tun_driver::offload::headers::{TCP, UDP};
-use tun_driver::offload::{GroTable, Headers, Limits, Link, Meta, Plan, Segments, VnetHdr, vnet};
+use tun_driver::offload::{GroTable, GsoType, Headers, Limits, Link, Meta, Plan, Segments, VnetHdr, vnet};
 
 fn main() {
     let mut trials: Vec<Trial> = Vec::new();
@@ -64,17 +64,34 @@ fn name(v6: bool, tcp: bool) -> String {
     format!("{} over IPv{}", if tcp { "TCP" } else { "UDP" }, if v6 { 6 } else { 4 })
 }
 
-/// How often a property is tried: as often as the environment wants, or this.
-fn runner(default: u32) -> TestRunner {
-    let cases = std::env::var("PROPTEST_CASES")
+/// Tries a property as often as the environment wants (`PROPTEST_CASES`), or `default` times: fewer on a slow machine, more in a long run.
+///
+/// Prints the first case that fails before it looks for a simpler one, which is bounded in count and time.
+fn property<S: Strategy>(default: u32, cases: &S, check: impl Fn(S::Value) -> Result<(), String>) {
+    let count = std::env::var("PROPTEST_CASES")
         .ok()
-        .and_then(|cases| cases.parse().ok());
-    TestRunner::new(Config {
-        cases: cases.unwrap_or(default),
+        .and_then(|count| count.parse().ok())
+        .unwrap_or(common::repeats(default as usize, 50 * default as usize) as u32 / common::slowness());
+    let mut runner = TestRunner::new(Config {
+        cases: count.max(1),
         failure_persistence: None,
-        max_shrink_iters: 300,
+        max_shrink_iters: 100,
+        max_shrink_time: 5_000 * common::slowness(),
         ..Config::default()
-    })
+    });
+    let first = Cell::new(true);
+    let result = runner.run(cases, |case| {
+        // A panic is printed by the panic hook.
+        check(case).map_err(|mismatch| {
+            if first.replace(false) {
+                eprintln!("the first mismatch, not yet simplified: {mismatch}");
+            }
+            TestCaseError::fail(mismatch)
+        })
+    });
+    if let Err(error) = result {
+        panic!("{error}");
+    }
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------- packets
@@ -293,6 +310,8 @@ struct Route {
     buffer: Vec<u8>,
     /// Bytes of the driver's header before each packet that comes out.
     skip: usize,
+    /// Bytes of TCP below which the kernel is not asked to cut, since it would: see [`GsoType::size_min`].
+    size_min: u16,
 }
 
 impl Route {
@@ -330,6 +349,7 @@ impl Route {
             b,
             buffer: vec![0; HEADER + 65_536],
             skip: if b_flags & libc::IFF_VNET_HDR != 0 { HEADER } else { 0 },
+            size_min: 1,
         }
     }
 
@@ -345,6 +365,21 @@ impl Route {
                 result => result.unwrap(),
             }
             assert_eq!(route.read_all(2).len(), 2);
+        } else {
+            // A kernel that cuts by less than the library is asked for what the library makes of it.
+            let recipe = Recipe {
+                options: Vec::new(),
+                ..plain(false, true)
+            };
+            let (header, packet) = recipe.superpacket(&[0; 20], 2);
+            route.write(Some(header), &packet).unwrap();
+            let pieces = route.read_all(10).len();
+            let least = GsoType::Tcp4.size_min();
+            route.size_min = match pieces {
+                3 => 1,
+                10 => least,
+                other => panic!("20 bytes of TCP by 2 came in {other} pieces"),
+            };
         }
         route
     }
@@ -404,7 +439,13 @@ impl Route {
 
     /// What the kernel makes of a superpacket; `None` if it refuses one of more datagrams than it ever makes (`UDP_MAX_SEGMENTS`).
     fn cut(&mut self, header: VnetHdr, packet: &[u8], count: usize) -> Option<Vec<Vec<u8>>> {
-        let udp = header.to_bytes()[1] == 5;
+        let mut bytes = header.to_bytes();
+        let udp = bytes[1] == 5;
+        if !udp {
+            let size = u16::from_ne_bytes([bytes[4], bytes[5]]).max(self.size_min);
+            bytes[4..6].copy_from_slice(&size.to_ne_bytes());
+        }
+        let header = VnetHdr::from_bytes(bytes);
         let most = if common::kernel() < (6, 9) { 64 } else { 128 };
         match self.write(Some(header), packet) {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) && udp && count > most => return None,
@@ -495,7 +536,7 @@ fn assert_rest(route: &mut Route, recipe: &Recipe, payload: &[u8], size: u16, fr
 /// Whether the kernel takes a superpacket of one segment for one, and drops it: it looks at its length before it knows of TCP's options
 /// (`virtio_net_hdr_to_skb`), and again behind them (`tcp_gso_segment`).
 fn is_lost(recipe: &Recipe, payload: usize, size: u16) -> bool {
-    let size = usize::from(size);
+    let size = usize::from(size.max(GsoType::Tcp4.size_min()));
     recipe.tcp && payload <= size && payload + recipe.options.len() > size
 }
 
@@ -542,20 +583,18 @@ fn cut_any(v6: bool, tcp: bool) {
         (600u16..9_000, 1usize..=64)
     ];
     let cases = (recipe(v6, tcp), shape, 0.0..1.0f64, any::<u64>());
-    runner(120)
-        .run(&cases, |(recipe, (size, count), last, seed)| {
-            let most = 65_535 + if v6 { 40 } else { 0 } - recipe.len();
-            // The last one is shorter, or full.
-            let last = usize::from(size) - (last * 1.5 * f64::from(size)) as usize % usize::from(size);
-            let payload = (usize::from(size) * (count - 1) + last).min(most);
-            if !is_lost(&recipe, payload, size) {
-                let (mut route, bytes) = (route.borrow_mut(), bytes(payload, seed));
-                assert_cut(&mut route, &recipe, &bytes, size);
-                assert_rest(&mut route, &recipe, &bytes, size, seed as usize % count);
-            }
-            Ok(())
-        })
-        .unwrap();
+    property(120, &cases, |(recipe, (size, count), last, seed)| {
+        let most = 65_535 + if v6 { 40 } else { 0 } - recipe.len();
+        // The last one is shorter, or full.
+        let last = usize::from(size) - (last * 1.5 * f64::from(size)) as usize % usize::from(size);
+        let payload = (usize::from(size) * (count - 1) + last).min(most);
+        if !is_lost(&recipe, payload, size) {
+            let (mut route, bytes) = (route.borrow_mut(), bytes(payload, seed));
+            assert_cut(&mut route, &recipe, &bytes, size);
+            assert_rest(&mut route, &recipe, &bytes, size, seed as usize % count);
+        }
+        Ok(())
+    });
 }
 
 fn cut_bounds(v6: bool, tcp: bool) {
@@ -1114,8 +1153,7 @@ fn merge_rules(v6: bool, tcp: bool) {
         &[100, 100, 50, 100, 100],
         &[100, 100, 101, 100, 100],
         &[50, 100, 100],
-        &[1; 20],
-        &[100, 1, 1, 1],
+        &[8; 20],
         // 64 KiB.
         &[1_400; 50],
         &[8_000; 10],
@@ -1126,6 +1164,11 @@ fn merge_rules(v6: bool, tcp: bool) {
         &[100; 200],
     ] {
         check(&format!("lengths {lens:?}"), &run(&base, lens), Same);
+    }
+    // The kernel merges such short ones of TCP too, but the library neither merges nor cuts to them: `GsoType::size_min`.
+    if !tcp {
+        check("lengths of 1", &run(&base, &[1; 20]), Same);
+        check("lengths of 1 behind 100", &run(&base, &[100, 1, 1, 1]), Same);
     }
     let network: &[(&str, usize, u8)] = if v6 {
         &[("traffic class", 0, 1), ("ECN", 1, 0x10), ("hop limit", 7, 1)]
@@ -1415,7 +1458,13 @@ fn batch(v6: bool, tcp: bool) -> impl Strategy<Value = (Batch, Vec<usize>)> {
         1 => Just(Step::Wrong),
         1 => Just(Step::Unsummed),
     ];
-    let flow = (recipe(v6, tcp), 1usize..1_500, any::<bool>());
+    // Of TCP no shorter payload begins a run of the library's, not even a half of it.
+    let least = if tcp {
+        2 * usize::from(GsoType::Tcp4.size_min())
+    } else {
+        1
+    };
+    let flow = (recipe(v6, tcp), least..1_500, any::<bool>());
     let flows = prop::collection::vec(flow, 1..=6);
     let steps = prop::collection::vec((any::<prop::sample::Index>(), step), 1..90);
     (flows, steps).prop_map(move |(flows, steps)| {
@@ -1480,57 +1529,53 @@ fn batch(v6: bool, tcp: bool) -> impl Strategy<Value = (Batch, Vec<usize>)> {
 
 fn merge_any(v6: bool, tcp: bool) {
     let merger = RefCell::new(Merger::new(tcp));
-    runner(80)
-        .run(&batch(v6, tcp), |(batch, apart)| {
-            let mut merger = merger.borrow_mut();
-            compare(&mut merger, "a batch", &batch, &Kernel::Apart(apart)).map_err(TestCaseError::fail)
-        })
-        .unwrap();
+    property(80, &batch(v6, tcp), |(batch, apart)| {
+        let mut merger = merger.borrow_mut();
+        compare(&mut merger, "a batch", &batch, &Kernel::Apart(apart))
+    });
     merger.borrow().finish();
 }
 
 /// What the library merged goes to the kernel, which cuts it: what comes out are the packets that went in, in the order of the groups.
 fn round_trip(v6: bool, tcp: bool) {
     let route = RefCell::new(Route::cutting(tcp));
-    runner(60)
-        .run(&batch(v6, tcp), |(batch, _)| {
-            let mut route = route.borrow_mut();
-            let mut table = GroTable::new(256, limits(&batch));
-            let mut expected = Vec::new();
-            for group in table.coalesce(&batch, Link::None) {
-                let mut headers = [0; HEADERS_MAX];
-                match group.headers(&batch, &mut headers) {
-                    None => route.write(Some(VnetHdr::plain()), &batch[group.first()]).unwrap(),
-                    Some((header, headers)) => {
-                        let mut packet = headers.to_vec();
-                        group
-                            .parts()
-                            .for_each(|(index, payload)| packet.extend(&batch[index][payload]));
-                        route.write(Some(header), &packet).unwrap();
-                    }
-                }
-                let mut places: Vec<usize> = group.parts().map(|(index, _)| index).collect();
-                let identification = |place: usize| [batch[place][4], batch[place][5]];
-                // Where it stays the same, it counts up afterwards.
-                let keeps = !v6 && places.len() > 1 && identification(places[0]) == identification(places[1]);
-                let first = u16::from_be_bytes(identification(places[0]));
-                for (number, place) in places.drain(..).enumerate() {
-                    let mut packet = batch[place].clone();
-                    if keeps {
-                        packet[4..6].copy_from_slice(&first.wrapping_add(number as u16).to_be_bytes());
-                    }
-                    expected.push(forwarded(&packet));
+    property(60, &batch(v6, tcp), |(batch, _)| {
+        let mut route = route.borrow_mut();
+        let mut table = GroTable::new(256, limits(&batch));
+        let mut expected = Vec::new();
+        for group in table.coalesce(&batch, Link::None) {
+            let mut headers = [0; HEADERS_MAX];
+            match group.headers(&batch, &mut headers) {
+                None => route.write(Some(VnetHdr::plain()), &batch[group.first()]).unwrap(),
+                Some((header, headers)) => {
+                    let mut packet = headers.to_vec();
+                    group
+                        .parts()
+                        .for_each(|(index, payload)| packet.extend(&batch[index][payload]));
+                    route.write(Some(header), &packet).unwrap();
                 }
             }
-            let got = route.read_all(expected.len());
-            assert_eq!(got.len(), expected.len());
-            for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
-                assert!(
-                    got == expected,
-                    "packet {index}\nkernel {got:02x?}\nwas    {expected:02x?}"
-                );
+            let mut places: Vec<usize> = group.parts().map(|(index, _)| index).collect();
+            let identification = |place: usize| [batch[place][4], batch[place][5]];
+            // Where it stays the same, it counts up afterwards.
+            let keeps = !v6 && places.len() > 1 && identification(places[0]) == identification(places[1]);
+            let first = u16::from_be_bytes(identification(places[0]));
+            for (number, place) in places.drain(..).enumerate() {
+                let mut packet = batch[place].clone();
+                if keeps {
+                    packet[4..6].copy_from_slice(&first.wrapping_add(number as u16).to_be_bytes());
+                }
+                expected.push(forwarded(&packet));
             }
-            Ok(())
-        })
-        .unwrap();
+        }
+        let got = route.read_all(expected.len());
+        assert_eq!(got.len(), expected.len());
+        for (index, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            assert!(
+                got == expected,
+                "packet {index}\nkernel {got:02x?}\nwas    {expected:02x?}"
+            );
+        }
+        Ok(())
+    });
 }

@@ -135,8 +135,9 @@ fn merge_and_cut(packets: &[(usize, Vec<u8>)], flows: &[Shape], limits: Limits) 
     let mut open: Vec<Option<(usize, usize)>> = vec![None; flows.len()];
     for (index, packet) in packets.iter().enumerate() {
         let flow = &flows[flow_of[index]];
-        let ended = packet.len() == flow.headers() || flow.tcp && packet[flow.transport() + 13] & FIN_PSH != 0;
         let payload = packet.len() - flow.headers();
+        let short = payload < if flow.tcp { 8 } else { 1 };
+        let ended = short || flow.tcp && packet[flow.transport() + 13] & FIN_PSH != 0;
         match &mut open[flow_of[index]] {
             Some((group, bytes)) if wanted[*group].len() < limits.segments && *bytes + payload <= limits.bytes => {
                 wanted[*group].push(index);

@@ -19,6 +19,7 @@
 //! | TCP FIN, PSH, a shorter payload | ends the run, and is in it | `tcp_gro_receive` |
 //! | TCP SYN, RST, URG, no payload | alone | `tcp_gro_receive` |
 //! | TCP CWR | alone | below |
+//! | TCP payload below 8 bytes | begins no run, may end one | below |
 //! | UDP payload | equal length; a shorter one ends the run, and is in it; none: alone | `udp_gro_receive_segment` |
 //! | TCP or UDP checksum | right ([`Limits::verify`]); none: alone | `skb_gro_checksum_validate` |
 //! | IPv4 options, fragments | alone | `inet_gro_receive` |
@@ -47,6 +48,7 @@
 //! | padding behind the packet | looked at before it is cut off: ends TCP's run, goes by with UDP | left out |
 //! | TCP urgent pointer without URG | that of the first packet in all | ends the run where it differs |
 //! | TCP CWR | merges if on all; cut again before a TUN device, whose header cannot say it | alone |
+//! | TCP payload below 8 bytes | merges; newer kernels then cut to 8 ([`GsoType::size_min`]) | begins no run |
 //! | many flows | eight runs per hash (`MAX_GRO_SKBS`); one more drives out the oldest | all of the batch |
 //! | many segments | 64 of UDP, any number of TCP | [`Limits::segments`] of either |
 //! | order of different flows | runs that ended, then those that were held | that of their first packets |
@@ -501,7 +503,12 @@ fn can_begin(packet: &[u8], headers: &Headers, payload: &Range<usize>) -> (bool,
         TCP => packet[headers.transport + 13],
         _ => 0,
     };
-    let open = !payload.is_empty()
+    let least = if headers.protocol == TCP {
+        GsoType::Tcp4.size_min()
+    } else {
+        1
+    };
+    let open = payload.len() >= usize::from(least)
         && flags & (FIN | PSH | ALONE) == 0
         && !(headers.options && headers.version == Version::V4)
         && headers.payload <= HEADERS_MAX;

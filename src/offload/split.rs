@@ -19,7 +19,8 @@
 //! the payload lies, for a gathered write. Either way the payload is read once, for its checksum; headers are added up once per superpacket and
 //! adjusted.
 //!
-//! There is no limit to the number of segments.
+//! There is no limit to the number of segments but what follows from their size
+//! ([`GsoType::size_min`]).
 //!
 //! ```
 //! use tun_driver::offload::{Link, Meta, Segments, VnetHdr};
@@ -87,12 +88,16 @@ impl Plan {
     /// Looks at the headers of a superpacket. `gso` is what [`VnetHdr::check`](super::VnetHdr::check) said of this packet.
     ///
     /// # Errors
-    /// The packet is not the one that `gso` is of, or has more headers than [`HEADERS_MAX`].
+    /// The packet is not the one that `gso` is of, or has more headers than [`HEADERS_MAX`]; or the
+    /// segments are shorter than [`GsoType::size_min`].
     pub fn new(gso: &Gso, packet: &[u8]) -> Result<Self, VnetFault> {
         let at = &gso.headers;
         let payload = packet.len().checked_sub(at.payload).ok_or(VnetFault::Length)?;
-        if at.end != packet.len() || gso.size == 0 {
+        if at.end != packet.len() {
             return Err(VnetFault::Length);
+        }
+        if gso.size < gso.kind.size_min() {
+            return Err(VnetFault::Size);
         }
         let mut headers = [0; HEADERS_MAX];
         let (Some(copy), Some(original)) = (headers.get_mut(..at.payload), packet.get(..at.payload)) else {

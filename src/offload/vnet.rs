@@ -8,7 +8,7 @@
 //! |---|---|
 //! | `gso_type` | has to agree with the packet's version of IP and protocol; the ECN bit is told apart |
 //! | `hdr_len` | ignored, since the kernel itself is wrong about it where it forwards; the headers are found anew |
-//! | `gso_size` | not zero for a superpacket |
+//! | `gso_size` | not zero for a superpacket; below 8 of TCP, 8 (see [`GsoType::size_min`]) |
 //! | `csum_start`, `csum_offset` | inside the packet; of a superpacket, exactly where the protocol has its checksum |
 //!
 //! The claims of a plain packet that is to be finished are not held against its headers: it may be inside another (VXLAN), of which nothing is
@@ -49,7 +49,7 @@ pub enum Meta {
 pub struct Gso {
     /// What it is to be cut into.
     pub kind: GsoType,
-    /// Bytes of payload per segment; the last may have less. Not zero.
+    /// Bytes of payload per segment; the last may have less. At least [`GsoType::size_min`].
     pub size: u16,
     /// The first segment alone is to have CWR (RFC 3168).
     pub ecn: bool,
@@ -76,7 +76,7 @@ pub enum VnetFault {
     Type(u8),
     /// The type does not go with the packet's version of IP or protocol, or the packet is a fragment.
     Mismatch,
-    /// A superpacket with segments of no length.
+    /// A superpacket with segments of no length, or below [`GsoType::size_min`].
     Size,
     /// The checksum's place is not where the protocol has it, or not inside the packet.
     Checksum,
@@ -198,7 +198,7 @@ impl VnetHdr {
         let headers = Headers::parse(packet, link).map_err(VnetFault::Headers)?;
         let gso = Gso {
             kind,
-            size: said.gso_size,
+            size: said.gso_size.max(kind.size_min()),
             ecn,
             headers,
         };
@@ -226,7 +226,7 @@ impl Gso {
         if headers.end != packet.len() {
             return Err(VnetFault::Length);
         }
-        if self.size == 0 {
+        if self.size < self.kind.size_min() {
             return Err(VnetFault::Size);
         }
         Ok(())
@@ -234,6 +234,19 @@ impl Gso {
 }
 
 impl GsoType {
+    /// The fewest bytes of payload per segment: 8 of TCP, 1 of UDP.
+    ///
+    /// A driver's header may claim less of TCP; [`VnetHdr::check`] then takes 8, so that 64 KiB become
+    /// at most 8,192 segments. The stream stays the same. Newer kernels do this too where such a header
+    /// enters them (`TCP_MIN_GSO_SIZE` in `virtio_net_hdr_to_skb`; Linux 6.12.117 has it).
+    /// Datagrams keep their length whatever it is.
+    pub const fn size_min(self) -> u16 {
+        match self {
+            Self::Tcp4 | Self::Tcp6 => 8,
+            Self::Udp => 1,
+        }
+    }
+
     /// Where the protocol has its checksum, from its own header's start.
     pub(crate) fn checksum_offset(self) -> usize {
         match self {
@@ -261,7 +274,7 @@ impl fmt::Display for VnetFault {
         match self {
             Self::Type(number) => write!(f, "vnet header: a superpacket of type {number:#x}, which is not known"),
             Self::Mismatch => f.write_str("vnet header: its type does not go with the packet"),
-            Self::Size => f.write_str("vnet header: a superpacket with segments of no length"),
+            Self::Size => f.write_str("vnet header: a superpacket with segments of no length, or of TCP below 8 bytes"),
             Self::Checksum => f.write_str("vnet header: a checksum where the packet has none"),
             Self::Length => f.write_str("vnet header: the packet's length is not what its headers say"),
             Self::Headers(fault) => write!(f, "vnet header: a packet {fault}"),

@@ -74,7 +74,7 @@ impl Books {
             Tag::SOCKET => {
                 let port = ports.at(tag.port());
                 port.armed = false;
-                port.polled(result.max(0) as libc::c_short);
+                port.readable = result > 0;
                 return port.readable;
             }
             Tag::WRITE => {

@@ -179,9 +179,7 @@ impl SyscallBackend {
             cx.doorbell_rang();
         }
         for (entry, &index) in self.poll_set[1..].iter().zip(&self.polled) {
-            if entry.revents != 0 {
-                ports.at(index).polled(entry.revents);
-            }
+            ports.at(index).readable |= entry.revents != 0;
         }
         Ok(found > 0)
     }
