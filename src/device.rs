@@ -2,8 +2,9 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::attach;
 use crate::error::{OpenError, OpenErrorKind};
@@ -11,6 +12,7 @@ use crate::iface::Mode;
 use crate::offload::Offloads;
 use crate::queue::{Queue, QueueInfo, SharedOffloads};
 use crate::sys::netdevice::{ControlSocket, IfName};
+use crate::sys::notices::{self, Departure};
 use crate::sys::setns::{self, NetnsId};
 use crate::sys::tun;
 
@@ -18,7 +20,12 @@ use crate::sys::tun;
 ///
 /// It speaks of the device by its index, in the network namespace where the device was when this handle was made, so it follows a device
 /// that is renamed, and does not follow one that is moved to another namespace. It keeps no queue and no device alive: once the device
-/// is gone every call says ENODEV.
+/// has left that namespace, by deletion or by a move, every call fails with ENODEV for good, also when another device takes its name or its
+/// index, and when it comes back.
+///
+/// The kernel's notice of that departure (rtnetlink) is looked for before and after each call. A change that races with the departure
+/// itself may still reach a device that took the name in that moment; the call then fails with ENODEV. Where a sandbox refuses netlink
+/// sockets, the driver and the mode of the device that has the index are compared instead, which cannot tell one TUN device from another.
 ///
 /// Changing a setting takes CAP_NET_ADMIN (EPERM without it), asking does not. The calls are the ioctls of netdevice(7).
 #[derive(Clone, Debug)]
@@ -30,6 +37,10 @@ pub struct Device {
 struct Inner {
     control: ControlSocket,
     index: u32,
+    /// Brings the notice that the device has left its namespace; `None` where netlink is refused.
+    departure: Option<OwnedFd>,
+    /// A notice was lost, so that its absence proves nothing any more.
+    unsure: AtomicBool,
     mode: Mode,
     packet_info: bool,
     multi_queue: bool,
@@ -53,10 +64,25 @@ impl Device {
         let index = control
             .index(name)
             .map_err(|error| attach::os_error("ioctl(SIOCGIFINDEX)", &error))?;
-        Ok(Self {
+        let departure = match notices::of_departure(index) {
+            Ok(notices) => Some(notices),
+            // A sandbox without netlink.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT | libc::ENOSYS)
+                ) =>
+            {
+                None
+            }
+            Err(error) => return Err(attach::os_error("socket(AF_NETLINK)", &error)),
+        };
+        let device = Self {
             inner: Arc::new(Inner {
                 control,
                 index,
+                departure,
+                unsure: AtomicBool::new(false),
                 mode: Mode::from_iff(flags),
                 packet_info: flags & tun::IFF_NO_PI == 0,
                 multi_queue: flags & tun::IFF_MULTI_QUEUE != 0,
@@ -65,7 +91,20 @@ impl Device {
                 netns: NetnsId::current().ok(),
                 entrance,
             }),
-        })
+        };
+        // What left before the notices were asked for is not among them.
+        let now = device
+            .name()
+            .map_err(|error| attach::os_error("ioctl(SIOCGIFNAME)", &error))?;
+        if now != *name {
+            let detail = format!("the device {name:?} was renamed or replaced while it was being opened; try again");
+            return Err(OpenError::refused(
+                OpenErrorKind::NotGranted,
+                "ioctl(SIOCGIFNAME)",
+                detail,
+            ));
+        }
+        Ok(device)
     }
 
     /// The interface index, which stays the same while the device lives and stays in its namespace.
@@ -90,29 +129,29 @@ impl Device {
 
     /// The largest IP packet, in bytes.
     pub fn mtu(&self) -> io::Result<u32> {
-        self.inner.control.mtu(&self.name()?)
+        self.call(ControlSocket::mtu)
     }
 
     /// Changes the MTU: 68 … 65535 for TUN, 68 … 65521 for TAP, else EINVAL.
     pub fn set_mtu(&self, mtu: u32) -> io::Result<()> {
-        self.inner.control.set_mtu(&self.name()?, mtu)
+        self.call(|control, name| control.set_mtu(name, mtu))
     }
 
     /// How many packets the kernel keeps in each queue before it drops: the `txqueuelen`, 500 (TUN) or 1000 (TAP) at first.
     pub fn txqueuelen(&self) -> io::Result<u32> {
-        self.inner.control.tx_queue_len(&self.name()?)
+        self.call(ControlSocket::tx_queue_len)
     }
 
     /// Changes the length of every queue, in packets. Packets that find no room in a shorter queue are lost and counted nowhere.
     pub fn set_txqueuelen(&self, packets: u32) -> io::Result<()> {
-        self.inner.control.set_tx_queue_len(&self.name()?, packets)
+        self.call(|control, name| control.set_tx_queue_len(name, packets))
     }
 
     /// The Ethernet address; `None` for TUN, which has none.
     pub fn mac(&self) -> io::Result<Option<[u8; 6]>> {
         match self.inner.mode {
             Mode::Tun => Ok(None),
-            Mode::Tap => self.inner.control.mac(&self.name()?).map(Some),
+            Mode::Tap => self.call(ControlSocket::mac).map(Some),
         }
     }
 
@@ -120,18 +159,18 @@ impl Device {
     pub fn set_mac(&self, mac: [u8; 6]) -> io::Result<()> {
         match self.inner.mode {
             Mode::Tun => Err(io::Error::from_raw_os_error(libc::EINVAL)),
-            Mode::Tap => self.inner.control.set_mac(&self.name()?, mac),
+            Mode::Tap => self.call(|control, name| control.set_mac(name, mac)),
         }
     }
 
     /// Whether the device is set up.
     pub fn is_up(&self) -> io::Result<bool> {
-        self.inner.control.is_up(&self.name()?)
+        self.call(ControlSocket::is_up)
     }
 
     /// Sets the device up or down. While it is down nothing arrives and writing fails with EIO; the queues stay attached.
     pub fn set_up(&self, up: bool) -> io::Result<()> {
-        self.inner.control.set_up(&self.name()?, up)
+        self.call(|control, name| control.set_up(name, up))
     }
 
     /// Opens one more queue of this multi-queue device. Takes being the device's owner or in its group, or CAP_NET_ADMIN.
@@ -201,8 +240,62 @@ impl Device {
         }
     }
 
+    /// Makes a call that takes the name of the device, which must mean the same device before and after.
+    fn call<T>(&self, call: impl Fn(&ControlSocket, &IfName) -> io::Result<T>) -> io::Result<T> {
+        /// Renames that may come in between.
+        const TRIES: usize = 16;
+
+        let mut name = self.name()?;
+        for _ in 0..TRIES {
+            let result = call(&self.inner.control, &name);
+            let now = self.name()?;
+            if now == name {
+                return result;
+            }
+            name = now;
+        }
+        Err(io::Error::from_raw_os_error(libc::EBUSY))
+    }
+
+    /// What the device is called now; ENODEV if it is not in its namespace any more.
     fn name(&self) -> io::Result<IfName> {
-        self.inner.control.name(self.inner.index)
+        let inner = &*self.inner;
+        // In this order: whoever has the index now is the device unless it has left by now.
+        let name = inner.control.name(inner.index)?;
+        if self.departed()?.is_some() {
+            return Err(io::Error::from_raw_os_error(libc::ENODEV));
+        }
+        Ok(name)
+    }
+
+    /// Whether the device has left its namespace, and how.
+    pub(crate) fn departed(&self) -> io::Result<Option<Departure>> {
+        let inner = &*self.inner;
+        if let Some(notices) = &inner.departure {
+            match notices::departure(notices.as_fd()) {
+                Ok(Some(departure)) => return Ok(Some(departure)),
+                Ok(None) if !inner.unsure.load(Ordering::Relaxed) => return Ok(None),
+                Ok(None) => {}
+                Err(_) => inner.unsure.store(true, Ordering::Relaxed),
+            }
+        }
+        let bus = match inner.mode {
+            Mode::Tun => "tun",
+            Mode::Tap => "tap",
+        };
+        let driver = inner
+            .control
+            .name(inner.index)
+            .and_then(|name| inner.control.driver(&name));
+        match driver {
+            Ok((driver, at)) if driver == "tun" && at == bus => Ok(None),
+            // Of another driver, or without any.
+            Ok(_) => Ok(Some(Departure::Deleted)),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP)) => {
+                Ok(Some(Departure::Deleted))
+            }
+            Err(error) => Err(error),
+        }
     }
 }
 

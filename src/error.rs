@@ -131,7 +131,8 @@ pub struct PortError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PortErrorKind {
-    /// The device or socket no longer exists (EBADFD, ENODEV, EFAULT after deletion), or the port was detached. Permanent: stop using the port.
+    /// The device or socket no longer exists, or the port was detached. Permanent: stop using the port. For a queue: EBADFD, ENODEV,
+    /// EBADF, ENXIO, and EFAULT after deletion. For a socket only EBADF and ENOTSOCK: every other errno concerns one datagram.
     Gone,
     /// The device is administratively down (EIO). Writes work again once it is up.
     Down,
@@ -160,6 +161,18 @@ impl PortError {
         Self { kind, call, errno }
     }
 
+    /// The error of a call on a socket. A route, an interface or a peer that is gone is a matter of one datagram, so only a dead
+    /// descriptor is permanent, and a socket is never down.
+    pub(crate) fn from_socket_errno(call: &'static str, errno: i32) -> Self {
+        let kind = match SocketErrno::of(errno) {
+            SocketErrno::Dead => PortErrorKind::Gone,
+            SocketErrno::Full => PortErrorKind::Backpressure,
+            _ if matches!(errno, libc::EINVAL | libc::EMSGSIZE) => PortErrorKind::BadPacket,
+            _ => PortErrorKind::Other,
+        };
+        Self { kind, call, errno }
+    }
+
     pub(crate) const fn new(kind: PortErrorKind, call: &'static str, errno: i32) -> Self {
         Self { kind, call, errno }
     }
@@ -182,6 +195,46 @@ impl PortError {
     /// Whether the port is of no further use. Everything else passes, or is about single packets.
     pub fn is_permanent(&self) -> bool {
         self.kind == PortErrorKind::Gone
+    }
+}
+
+/// What an errno of recvmmsg(2) or sendmmsg(2) is about.
+///
+/// The kernel keeps an error that ICMP reports (`sk_err`, `udp_err` in net/ipv4/udp.c) and returns it from the next call on the socket,
+/// whichever datagram that call is about. It clears the error by that, and has neither received nor sent anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SocketErrno {
+    /// The descriptor is no socket any more.
+    Dead,
+    /// No room for the datagram now.
+    Full,
+    /// A signal came first.
+    Interrupted,
+    /// A report about an earlier datagram: no call returns this errno for a datagram of its own.
+    Reported,
+    /// A report about an earlier datagram, or the datagram has no route, is too long, or may not be sent.
+    Ambiguous,
+    /// The datagram that was to be sent.
+    Datagram,
+}
+
+impl SocketErrno {
+    pub(crate) fn of(errno: i32) -> Self {
+        match errno {
+            libc::EBADF | libc::ENOTSOCK => Self::Dead,
+            libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM => Self::Full,
+            libc::EINTR => Self::Interrupted,
+            // `icmp_err_convert` in net/ipv4/icmp.c; ECONNABORTED is SOCK_DESTROY's (`udp_abort`).
+            libc::ECONNREFUSED
+            | libc::EHOSTDOWN
+            | libc::ENONET
+            | libc::ENOPROTOOPT
+            | libc::EOPNOTSUPP
+            | libc::EPROTO
+            | libc::ECONNABORTED => Self::Reported,
+            libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EACCES | libc::EMSGSIZE => Self::Ambiguous,
+            _ => Self::Datagram,
+        }
     }
 }
 

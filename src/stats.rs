@@ -61,6 +61,8 @@ pub struct Counters {
     pub cut_segments: u64,
     /// Superpackets that the kernel refused, and that went in pieces.
     pub offloads_refused: u64,
+    /// Errors that the network reported to a socket about earlier datagrams (ICMP), by errno. No packet counts as refused for them.
+    pub reported: ErrnoCounts,
 }
 
 impl AddAssign<&Counters> for Counters {
@@ -87,6 +89,7 @@ impl AddAssign<&Counters> for Counters {
             cut_superpackets,
             cut_segments,
             offloads_refused,
+            reported,
         } = other;
         self.received_packets += received_packets;
         self.received_bytes += received_bytes;
@@ -109,6 +112,7 @@ impl AddAssign<&Counters> for Counters {
         self.cut_superpackets += cut_superpackets;
         self.cut_segments += cut_segments;
         self.offloads_refused += offloads_refused;
+        self.reported += reported;
     }
 }
 
@@ -365,6 +369,7 @@ pub(crate) struct PortTally {
     pub(crate) cut_superpackets: Count,
     pub(crate) cut_segments: Count,
     pub(crate) offloads_refused: Count,
+    pub(crate) reported: ErrnoTally,
 }
 
 impl PortTally {
@@ -404,6 +409,7 @@ impl PortTally {
             cut_superpackets: self.cut_superpackets.get(),
             cut_segments: self.cut_segments.get(),
             offloads_refused: self.offloads_refused.get(),
+            reported: self.reported.read(),
         }
     }
 }

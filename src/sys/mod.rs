@@ -13,7 +13,6 @@ pub(crate) mod lab;
 pub(crate) mod netdevice;
 #[cfg(feature = "lab")]
 pub(crate) mod netns;
-#[cfg(feature = "engine")]
 pub(crate) mod notices;
 pub(crate) mod setns;
 pub(crate) mod socket;

@@ -123,7 +123,42 @@ impl Datagrams {
         }
         .map(|count| count as usize)
     }
+
+    /// Empties the socket's error queue, at most as many messages as a batch has datagrams. Returns how many calls that took.
+    pub(crate) fn clear_errors(&mut self, fd: RawFd) -> u64 {
+        // SAFETY: zero is a value of this C struct: no memory to receive into.
+        let mut header: libc::msghdr = unsafe { zeroed() };
+        for calls in 1..=self.capacity() as u64 {
+            let flags = libc::MSG_ERRQUEUE | libc::MSG_DONTWAIT;
+            // SAFETY: the header lives through the call and names no other memory.
+            if unsafe { syscall!(recvmsg(fd, &raw mut header, flags)) }.is_err() {
+                return calls;
+            }
+        }
+        self.capacity() as u64
+    }
+
+    /// Asks whether entry `index` has a destination that the kernel would send to, without sending it: the address, the route, the
+    /// permission and the ancillary data (`udp_sendmsg` up to `ip_make_skb`, which returns early). An error that is pending on the
+    /// socket is neither returned nor cleared by this.
+    ///
+    /// # Safety
+    /// The memory set for this entry is readable during the call.
+    pub(crate) unsafe fn probe(&mut self, fd: RawFd, index: usize) -> io::Result<()> {
+        // SAFETY: as in `receive`.
+        unsafe {
+            syscall!(sendmsg(
+                fd,
+                &raw const self.headers[index].msg_hdr,
+                MSG_PROBE | libc::MSG_DONTWAIT
+            ))
+        }
+        .map(drop)
+    }
 }
+
+/// linux/socket.h: checks where a datagram would go, without sending it.
+const MSG_PROBE: libc::c_int = 0x10;
 
 /// Makes the kernel cut what a UDP socket is given into datagrams of `size` bytes (UDP_SEGMENT, udp(7); 0: no more). Kernel 4.18 and later.
 #[cfg(feature = "lab")]

@@ -498,7 +498,7 @@ fn cut(
     // What an earlier call said of segments that are gone.
     let torn = match batch[0].torn() {
         0 => None,
-        errno => Some(PortError::from_errno("write", errno)),
+        errno => Some(ports.at(index).error("write", errno)),
     };
     let mut total = Sent::default();
     let mut segments = std::mem::replace(&mut outbox.segments, Batch::with_capacity(0));

@@ -174,6 +174,8 @@ pub(super) struct Port {
     pub(super) read_len: u32,
     /// One read (queue) or poll (socket) is in flight in the ring.
     pub(super) armed: bool,
+    /// Polling found an error on the socket: its error queue may hold reports.
+    pub(super) errored: bool,
     pub(super) burst: Burst,
     /// The last receive ended with a full batch: there may be more.
     pub(super) more: bool,
@@ -214,6 +216,7 @@ impl Port {
             read_at: arena.config().data_offset() as u32 - if outgoing.vnet { VnetHdr::LEN as u32 } else { 0 },
             endpoint,
             armed: false,
+            errored: false,
             burst: Burst::default(),
             more: false,
             readable: false,
@@ -391,13 +394,22 @@ impl Port {
         self.notice = Some(PortError::new(PortErrorKind::Truncated, "read", libc::EMSGSIZE));
     }
 
+    /// What an errno of a call on this port means: a socket outlives what ends a queue.
+    pub(super) fn error(&self, call: &'static str, errno: i32) -> PortError {
+        if self.is_udp() {
+            PortError::from_socket_errno(call, errno)
+        } else {
+            PortError::from_errno(call, errno)
+        }
+    }
+
     /// A receive failed.
     pub(super) fn failed(&mut self, call: &'static str, errno: i32) {
         match errno {
             libc::EAGAIN => self.tally.empty_asks.add(1),
             libc::EINTR | libc::ECANCELED => {}
             _ => {
-                let error = PortError::from_errno(call, errno);
+                let error = self.error(call, errno);
                 if error.is_permanent() {
                     self.gone.get_or_insert(error);
                 } else {
@@ -405,6 +417,12 @@ impl Port {
                 }
             }
         }
+    }
+
+    /// What poll(2) found on the port.
+    pub(super) fn polled(&mut self, events: libc::c_short) {
+        self.readable = events != 0;
+        self.errored = events & libc::POLLERR != 0;
     }
 
     /// There is no buffer to receive into. What lies in the kernel is found again once one came back.
@@ -640,7 +658,7 @@ pub(super) fn judge(port: &mut Port, call: &'static str, results: &[i32], weigh:
             continue;
         }
         let errno = if result < 0 { -result } else { libc::EIO };
-        let error = PortError::from_errno(call, errno);
+        let error = port.error(call, errno);
         if errno == libc::ECANCELED && index >= behind_last_accepted.max(1) {
             // Not tried, because one before it in the chain failed. That one is done with, or sending has stopped there.
             return sent;
@@ -688,8 +706,15 @@ mod tests {
             large_slots: 0,
         };
         let arena = Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory");
-        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
-        Port::new(PortId::new(0), socket.into(), &arena, SizeClass::Small, Arc::default())
+        // No device: the rules of queues are those of everything but sockets.
+        let (end, _) = handoff::new(1, 1536, WakeHandle::new().expect("eventfd"));
+        Port::new(
+            PortId::new(0),
+            Endpoint::Handoff(end),
+            &arena,
+            SizeClass::Small,
+            Arc::default(),
+        )
     }
 
     fn judged(results: &[i32]) -> Sent {
@@ -728,6 +753,20 @@ mod tests {
         let sent = judged(&[100, -libc::EBADFD, -libc::EBADFD]);
         assert_eq!((sent.accepted, sent.refused), (1, 0));
         assert!(sent.stopped.is_some_and(|error| error.is_permanent()));
+    }
+
+    #[test]
+    fn only_a_dead_descriptor_ends_a_socket() {
+        let mut port = port();
+        port.endpoint = UdpSocket::bind("127.0.0.1:0").expect("a socket").into();
+        for errno in 1..=133 {
+            let sent = judge(&mut port, "sendmmsg", &[-errno, 100], |_| Weight::of(100));
+            let dead = matches!(errno, libc::EBADF | libc::ENOTSOCK);
+            assert_eq!(port.gone.take().is_some(), dead, "errno {errno}");
+            assert_eq!((sent.accepted, sent.refused), (1, 1), "errno {errno}");
+            port.failed("recvmmsg", errno);
+            assert_eq!(port.gone.take().is_some(), dead, "errno {errno}");
+        }
     }
 
     proptest! {

@@ -74,7 +74,7 @@ impl Books {
             Tag::SOCKET => {
                 let port = ports.at(tag.port());
                 port.armed = false;
-                port.readable = result > 0;
+                port.polled(result.max(0) as libc::c_short);
                 return port.readable;
             }
             Tag::WRITE => {

@@ -179,7 +179,9 @@ impl SyscallBackend {
             cx.doorbell_rang();
         }
         for (entry, &index) in self.poll_set[1..].iter().zip(&self.polled) {
-            ports.at(index).readable |= entry.revents != 0;
+            if entry.revents != 0 {
+                ports.at(index).polled(entry.revents);
+            }
         }
         Ok(found > 0)
     }

@@ -5,13 +5,21 @@ use super::Context;
 use super::burst::LONGEST;
 use super::port::{Port, Sent, Weight, judge};
 use crate::buf::{Batch, PacketBuf};
+use crate::error::SocketErrno;
 
-/// Socket errors that tell of an earlier datagram (ICMP): they are taken note of and the call is made again, that often.
-const RETRIES: usize = 8;
+/// Reports of earlier datagrams (ICMP) that one receive takes note of before it gives up.
+const REPORTS: usize = 8;
+
+/// How often a datagram is sent again after reports of earlier ones. Each attempt clears one report, and a report can come for each
+/// datagram that is still on its way.
+const ATTEMPTS: usize = 4 * LONGEST as usize;
+
+/// EMSGSIZE in a row that is taken to be about the datagram itself: the first of a batch, and the next ones.
+const TOO_LONG: [u64; 2] = [16, 4];
 
 /// Receives what is there, at most the room of the batch. Never blocks.
 pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
-    let mut retries = 0;
+    let mut reports = 0;
     while !batch.is_full() {
         let want = batch.room().min(cx.datagrams.capacity()) as u32;
         // A stack of slots for one call; never more than LONGEST.
@@ -63,11 +71,18 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
                 return;
             }
             Ok(_) => {}
-            Err(libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH | libc::EINTR) if retries < RETRIES => {
-                retries += 1;
+            Err(errno) if reports < REPORTS && is_passing(errno) => {
+                reports += 1;
+                if errno != libc::EINTR {
+                    port.tally.reported.add(errno);
+                }
             }
             Err(errno) => {
                 port.readable = false;
+                if std::mem::take(&mut port.errored) {
+                    // What lies there (IP_RECVERR, SO_TIMESTAMPING) would end every wait at once.
+                    port.tally.system_calls.add(cx.datagrams.clear_errors(port.fd));
+                }
                 port.failed("recvmmsg", errno);
                 return;
             }
@@ -85,32 +100,93 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -
             .set(index, std::ptr::NonNull::from(&mut packet[..]).cast(), len, peer);
     }
     let mut results = [0i32; LONGEST as usize];
-    let (mut done, mut retries) = (0, 0);
+    let (mut done, mut doubt, mut too_long) = (0, Doubt::default(), TOO_LONG[0]);
     while done < count {
         port.tally.system_calls.add(1);
         // SAFETY: each entry points into a packet of the batch, which is not touched until the call returns.
-        match unsafe { cx.datagrams.send(port.fd, done, count) } {
+        let errno = match unsafe { cx.datagrams.send(port.fd, done, count) } {
             Ok(sent) => {
                 for index in done..done + sent {
                     results[index] = batch[index].len() as i32;
                 }
                 done += sent.max(1);
+                doubt.settle(port);
+                continue;
             }
-            Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
-                // Told about an earlier datagram; this one was not tried.
-                libc::ECONNREFUSED | libc::EINTR if retries < RETRIES => retries += 1,
-                errno @ (libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => {
-                    results[done..count].fill(-errno);
-                    done = count;
+            Err(error) => error.raw_os_error().unwrap_or(libc::EIO),
+        };
+        let verdict = match SocketErrno::of(errno) {
+            SocketErrno::Full | SocketErrno::Dead => {
+                results[done..count].fill(-errno);
+                break;
+            }
+            SocketErrno::Datagram => Some(errno),
+            _ if doubt.attempts >= ATTEMPTS => Some(errno),
+            SocketErrno::Interrupted => {
+                doubt.attempts += 1;
+                continue;
+            }
+            SocketErrno::Reported => None,
+            SocketErrno::Ambiguous if errno == libc::EMSGSIZE => {
+                (doubt.last == errno && doubt.in_a_row + 1 >= too_long).then_some(errno)
+            }
+            SocketErrno::Ambiguous => {
+                port.tally.system_calls.add(1);
+                // SAFETY: as above.
+                let probed = unsafe { cx.datagrams.probe(port.fd, done) };
+                probed.err().and_then(|error| error.raw_os_error())
+            }
+        };
+        match verdict {
+            None => doubt.note(port, errno),
+            Some(own) => {
+                if own == libc::EMSGSIZE {
+                    too_long = TOO_LONG[1];
+                    doubt.in_a_row = 0;
                 }
-                errno => {
-                    results[done] = -errno;
-                    done += 1;
-                }
-            },
+                doubt.settle(port);
+                results[done] = -own;
+                done += 1;
+            }
         }
     }
+    doubt.settle(port);
     judge(port, "sendmmsg", &results[..count], |index| {
         Weight::of(batch[index].len())
     })
+}
+
+/// Whether a receive that failed with `errno` is to be made again: the errno is not about what there is to receive.
+fn is_passing(errno: i32) -> bool {
+    matches!(
+        SocketErrno::of(errno),
+        SocketErrno::Reported | SocketErrno::Ambiguous | SocketErrno::Interrupted
+    )
+}
+
+/// Errors of one datagram that may be reports about earlier ones: known once the datagram was sent, or failed in another way.
+#[derive(Default)]
+struct Doubt {
+    last: i32,
+    in_a_row: u64,
+    attempts: usize,
+}
+
+impl Doubt {
+    /// The datagram failed, perhaps for what the network reported of another one.
+    fn note(&mut self, port: &Port, errno: i32) {
+        if self.last != errno {
+            let attempts = self.attempts;
+            self.settle(port);
+            (self.last, self.attempts) = (errno, attempts);
+        }
+        self.in_a_row += 1;
+        self.attempts += 1;
+    }
+
+    /// The datagram is done with: what was noted were reports.
+    fn settle(&mut self, port: &Port) {
+        (0..self.in_a_row).for_each(|_| port.tally.reported.add(self.last));
+        *self = Self::default();
+    }
 }
