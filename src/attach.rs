@@ -144,18 +144,29 @@ pub(crate) fn offer(fd: BorrowedFd<'_>, wanted: Offloads) -> io::Result<Offloads
     last
 }
 
+/// What TUNSETOFFLOAD switches each with.
+const OFFLOAD_FLAGS: [(Offloads, u32); 5] = [
+    (Offloads::CSUM, tun::TUN_F_CSUM),
+    (Offloads::TSO4, tun::TUN_F_TSO4),
+    (Offloads::TSO6, tun::TUN_F_TSO6),
+    (Offloads::TSO_ECN, tun::TUN_F_TSO_ECN),
+    (Offloads::USO, tun::TUN_F_USO4 | tun::TUN_F_USO6),
+];
+
 /// As TUNSETOFFLOAD wants it.
-fn offload_flags(offloads: Offloads) -> u32 {
-    [
-        (Offloads::CSUM, tun::TUN_F_CSUM),
-        (Offloads::TSO4, tun::TUN_F_TSO4),
-        (Offloads::TSO6, tun::TUN_F_TSO6),
-        (Offloads::TSO_ECN, tun::TUN_F_TSO_ECN),
-        (Offloads::USO, tun::TUN_F_USO4 | tun::TUN_F_USO6),
-    ]
-    .into_iter()
-    .filter(|&(offload, _)| offloads.contains(offload))
-    .fold(0, |flags, (_, flag)| flags | flag)
+pub(crate) fn offload_flags(offloads: Offloads) -> u32 {
+    OFFLOAD_FLAGS
+        .into_iter()
+        .filter(|&(offload, _)| offloads.contains(offload))
+        .fold(0, |flags, (_, flag)| flags | flag)
+}
+
+/// The offloads that these flags switch on.
+pub(crate) fn offloads_of(flags: u32) -> Offloads {
+    OFFLOAD_FLAGS
+        .into_iter()
+        .filter(|&(_, flag)| flags & flag == flag)
+        .fold(Offloads::none(), |offloads, (offload, _)| offloads | offload)
 }
 
 /// What any call may say: out of descriptors, out of memory, unknown to the kernel.

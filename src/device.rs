@@ -127,6 +127,14 @@ impl Device {
         self.inner.offloads.get()
     }
 
+    /// What the device leaves unfinished or uncut now, also if another holder of it switched that on.
+    pub(crate) fn active_offloads(&self) -> io::Result<Offloads> {
+        self.inner
+            .control
+            .active_offloads(&self.name()?)
+            .map(attach::offloads_of)
+    }
+
     /// The largest IP packet, in bytes.
     pub fn mtu(&self) -> io::Result<u32> {
         self.call(ControlSocket::mtu)
@@ -226,6 +234,7 @@ impl Device {
             mtu: inner.control.mtu(&name).ok(),
             vnet_hdr: inner.vnet_hdr,
             offloads: Arc::clone(&inner.offloads),
+            device: Some(self.clone()),
         };
         Ok(Queue::new(fd, Arc::new(info)))
     }

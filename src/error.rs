@@ -143,6 +143,9 @@ pub enum PortErrorKind {
     Truncated,
     /// The kernel refused a packet for its content (EINVAL, EMSGSIZE). The packet is dropped and counted, the port goes on.
     BadPacket,
+    /// Another holder of the device changed the size of its virtio-net header or switched on offloads. Both were set back; what came in
+    /// between in the wrong shape was dropped and counted.
+    Changed,
     /// No free buffer is left for this port; packets wait in the kernel until some are given back.
     NoBuffers,
     /// Anything else: see the errno.
@@ -248,6 +251,9 @@ impl fmt::Display for PortError {
                 "a packet was longer than the buffers of this worker and was dropped; raise WorkerConfig::max_packet or lower the MTU"
             }
             PortErrorKind::BadPacket => "the kernel refused the packet's content; it was dropped",
+            PortErrorKind::Changed => {
+                "another holder of the device changed its virtio-net header or its offloads; both were set back, keep other programs from it"
+            }
             PortErrorKind::NoBuffers => "no free buffer; give packets back or raise WorkerConfig::buffers",
             PortErrorKind::Other => "unexpected error",
         };

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 
 use crate::attach;
 use crate::device::{Device, in_netns};
@@ -49,7 +49,10 @@ pub struct Granted {
 
 impl MultiQueue {
     pub(crate) fn opened(fds: Vec<OwnedFd>, info: QueueInfo, flags: u16, device: Device) -> Self {
-        let info = Arc::new(info);
+        let info = Arc::new(QueueInfo {
+            device: Some(device.clone()),
+            ..info
+        });
         let queues = fds.into_iter().map(|fd| Queue::new(fd, Arc::clone(&info))).collect();
         Self {
             queues,
@@ -73,7 +76,7 @@ impl MultiQueue {
     ///   `rx_dropped` per queue, and nothing enters the stack.
     /// * `O_NONBLOCK` belongs to the open file, not to the descriptor: whoever else holds a copy of it finds it non-blocking too.
     /// * Copies held elsewhere keep the queue and with it the device alive, and whoever reads from one takes packets away from here.
-    /// * Of a device with `IFF_VNET_HDR` the offloads are switched off and the header is made ten bytes long, for all who hold queues of it.
+    /// * The offloads are switched off for all who hold queues of the device, and where it has `IFF_VNET_HDR` the header is made ten bytes long.
     ///
     /// On failure all descriptors are closed.
     ///
@@ -123,6 +126,9 @@ impl MultiQueue {
                 adopted.name
             );
             return Err(OpenError::refused(OpenErrorKind::QueueModeMismatch, "from_fds", detail));
+        } else {
+            // Without a header nothing says which packets are unfinished.
+            tun::set_offload(fds[0].as_fd(), 0).map_err(|error| attach::os_error("ioctl(TUNSETOFFLOAD)", &error))?;
         }
         let verified = netns.is_some() || fds.len() == 1;
         let device = match netns {
@@ -130,7 +136,10 @@ impl MultiQueue {
             None => None,
         };
         let mtu = device.as_ref().and_then(|device| device.mtu().ok());
-        let info = Arc::new(QueueInfo::new(&adopted.name, adopted.flags, mtu, offloads));
+        let info = Arc::new(QueueInfo {
+            device: device.clone(),
+            ..QueueInfo::new(&adopted.name, adopted.flags, mtu, offloads)
+        });
         let queues = fds.into_iter().map(|fd| Queue::new(fd, Arc::clone(&info))).collect();
         Ok(Self {
             queues,
@@ -294,20 +303,39 @@ pub(crate) struct QueueInfo {
     pub(crate) mtu: Option<u32>,
     pub(crate) vnet_hdr: bool,
     pub(crate) offloads: Arc<SharedOffloads>,
+    /// The way to ask about the device; `None` for an adopted queue whose namespace the kernel does not tell.
+    pub(crate) device: Option<Device>,
 }
 
 /// What a device was granted last: one for all its queues and handles.
 #[derive(Debug, Default)]
-pub(crate) struct SharedOffloads(AtomicU8);
+pub(crate) struct SharedOffloads {
+    granted: AtomicU8,
+    /// How often a queue of the device found its header changed and set it back.
+    headers_restored: AtomicU32,
+}
 
 impl SharedOffloads {
     pub(crate) fn get(&self) -> Offloads {
-        Offloads::from_bits(self.0.load(Ordering::Relaxed))
+        Offloads::from_bits(self.granted.load(Ordering::Relaxed))
     }
 
     pub(crate) fn set(&self, offloads: Offloads) {
-        self.0.store(offloads.bits(), Ordering::Relaxed);
+        self.granted.store(offloads.bits(), Ordering::Relaxed);
     }
+
+    pub(crate) fn headers_restored(&self) -> u32 {
+        self.headers_restored.load(Ordering::Relaxed)
+    }
+}
+
+/// What another holder of a device had changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Changed {
+    /// The size of the virtio-net header that was found, if it was not ours.
+    pub(crate) header: Option<u32>,
+    /// The offloads that were found, if there were more than granted.
+    pub(crate) offloads: Option<Offloads>,
 }
 
 impl QueueInfo {
@@ -320,6 +348,7 @@ impl QueueInfo {
             mtu,
             vnet_hdr: flags & tun::IFF_VNET_HDR != 0,
             offloads,
+            device: None,
         }
     }
 }
@@ -381,9 +410,54 @@ impl Queue {
         if !self.info.vnet_hdr {
             return Err(io::Error::from_raw_os_error(libc::EINVAL));
         }
-        let granted = attach::offer(self.as_fd(), wanted)?;
-        self.info.offloads.set(granted);
-        Ok(granted)
+        let before = self.info.offloads.get();
+        // What is about to be switched on is no other holder's doing.
+        self.info.offloads.set(before | wanted);
+        let granted = attach::offer(self.as_fd(), wanted);
+        self.info.offloads.set(*granted.as_ref().unwrap_or(&before));
+        granted
+    }
+
+    /// Asks the kernel whether another holder of the device changed the size of its header, or switched on more offloads than were granted
+    /// here, and sets that back. `None` if not, or if the device is gone.
+    ///
+    /// Fewer offloads than granted are left alone: nothing comes in another shape for it, and an administrator may want it so (ethtool -K).
+    /// The requests wait for the kernel's lock of all network settings (rtnl_lock in __tun_chr_ioctl, drivers/net/tun.c), which others may
+    /// hold for long.
+    pub(crate) fn restore(&self) -> Option<Changed> {
+        let info = &*self.info;
+        let mut changed = Changed {
+            header: None,
+            offloads: None,
+        };
+        if info.vnet_hdr
+            && let Ok(size) = tun::vnet_hdr_size(self.as_fd())
+            && size != tun::VNET_HDR_SIZE_DEFAULT
+            && tun::set_vnet_hdr_size(self.as_fd(), tun::VNET_HDR_SIZE_DEFAULT).is_ok()
+        {
+            info.offloads.headers_restored.fetch_add(1, Ordering::Relaxed);
+            changed.header = Some(size as u32);
+        }
+        let granted = info.offloads.get();
+        if let Some(device) = &info.device
+            && let Ok(active) = device.active_offloads()
+            && !granted.contains(active)
+            && tun::set_offload(self.as_fd(), attach::offload_flags(granted)).is_ok()
+        {
+            changed.offloads = Some(active);
+        }
+        (changed.header.is_some() || changed.offloads.is_some()).then_some(changed)
+    }
+
+    /// How often one of the device's queues found its header changed and set it back.
+    pub(crate) fn headers_restored(&self) -> u32 {
+        self.info.offloads.headers_restored()
+    }
+
+    /// The device's MTU now, or else when this queue was opened.
+    pub(crate) fn mtu_now(&self) -> Option<u32> {
+        let asked = self.info.device.as_ref().and_then(|device| device.mtu().ok());
+        asked.or(self.info.mtu)
     }
 
     /// How many bytes of packets sent through this queue may be under way in the stack before sending says EAGAIN (TUNGETSNDBUF):

@@ -47,7 +47,7 @@ pub struct Counters {
     pub foreign_sent: u64,
     /// Of the packets received, superpackets: each counts as one packet.
     pub received_superpackets: u64,
-    /// Packets whose virtio-net header contradicted them; they were dropped.
+    /// Packets whose virtio-net header contradicted them, or that stood elsewhere than the header's size says; they were dropped.
     pub bad_headers: u64,
     /// Superpackets that the kernel took in one write: passed on as they came, or merged.
     pub sent_superpackets: u64,
@@ -63,6 +63,8 @@ pub struct Counters {
     pub offloads_refused: u64,
     /// Errors that the network reported to a socket about earlier datagrams (ICMP), by errno. No packet counts as refused for them.
     pub reported: ErrnoCounts,
+    /// Times that another holder of the device had changed the size of its header or its offloads, and this port set them back.
+    pub set_back: u64,
 }
 
 impl AddAssign<&Counters> for Counters {
@@ -90,6 +92,7 @@ impl AddAssign<&Counters> for Counters {
             cut_segments,
             offloads_refused,
             reported,
+            set_back,
         } = other;
         self.received_packets += received_packets;
         self.received_bytes += received_bytes;
@@ -113,6 +116,7 @@ impl AddAssign<&Counters> for Counters {
         self.cut_segments += cut_segments;
         self.offloads_refused += offloads_refused;
         self.reported += reported;
+        self.set_back += set_back;
     }
 }
 
@@ -370,6 +374,7 @@ pub(crate) struct PortTally {
     pub(crate) cut_segments: Count,
     pub(crate) offloads_refused: Count,
     pub(crate) reported: ErrnoTally,
+    pub(crate) set_back: Count,
 }
 
 impl PortTally {
@@ -410,6 +415,7 @@ impl PortTally {
             cut_segments: self.cut_segments.get(),
             offloads_refused: self.offloads_refused.get(),
             reported: self.reported.read(),
+            set_back: self.set_back.get(),
         }
     }
 }

@@ -434,6 +434,7 @@ impl Seating {
             commands,
             batch: Batch::with_capacity(self.settings.batch),
             shared: self.shared,
+            looked: 0,
             #[cfg(feature = "metrics")]
             histograms: self.settings.histograms.then(|| Box::new(Histograms::new())),
         };

@@ -29,12 +29,34 @@ pub enum Event {
         /// What it is called.
         device: String,
     },
-    /// A device's MTU was changed. Packets beyond the workers' buffers are truncated and counted.
+    /// A device's MTU was changed. Its ports take larger buffers if they need them; if they cannot, [`BuffersTooShort`](Self::BuffersTooShort)
+    /// follows.
     MtuChanged {
         /// What it is called.
         device: String,
         /// The new MTU in bytes.
         mtu: u32,
+    },
+    /// A device's MTU lets packets come that are longer than the buffers of a worker: they are dropped and counted as truncated. Set
+    /// [`WorkerConfig::large_buffers`](crate::WorkerConfig::large_buffers), or lower the MTU.
+    BuffersTooShort {
+        /// What the device is called.
+        device: String,
+        /// Which worker it is.
+        worker: usize,
+        /// The longest packet that its port takes, in bytes.
+        longest: usize,
+    },
+    /// Another holder of a device changed the size of its virtio-net header, or switched on offloads that were not granted here. Both were set
+    /// back. What came in between in the wrong shape was dropped and counted
+    /// ([`Counters::bad_headers`](crate::Counters::bad_headers)).
+    SetBack {
+        /// What the device is called.
+        device: String,
+        /// The size of the header that was found, in bytes, if it was not ten.
+        header: Option<u32>,
+        /// The offloads that were found, if there were more than granted.
+        offloads: Option<Offloads>,
     },
     /// A device was deleted, or moved out of reach. Its ports are detached.
     Gone {
@@ -65,6 +87,32 @@ impl fmt::Display for Event {
             Self::Up { device } => write!(f, "{device} is up"),
             Self::Down { device } => write!(f, "{device} is down"),
             Self::MtuChanged { device, mtu } => write!(f, "{device} has an MTU of {mtu} bytes now"),
+            Self::BuffersTooShort {
+                device,
+                worker,
+                longest,
+            } => {
+                write!(
+                    f,
+                    "worker {worker} takes at most {longest} bytes from {device}, and drops the longer packets that its MTU allows; \
+                     set WorkerConfig::large_buffers or lower the MTU"
+                )
+            }
+            Self::SetBack {
+                device,
+                header,
+                offloads,
+            } => {
+                write!(f, "another holder of {device} changed")?;
+                if let Some(header) = header {
+                    write!(f, " its header to {header} bytes")?;
+                }
+                if let Some(offloads) = offloads {
+                    let and = if header.is_some() { " and" } else { "" };
+                    write!(f, "{and} its offloads to {offloads}")?;
+                }
+                f.write_str("; this was set back, keep other programs from it")
+            }
             Self::Gone { device } => write!(f, "{device} is gone"),
             Self::OffloadsRefused { device, passes } => {
                 write!(
@@ -240,6 +288,10 @@ impl Watched {
             }
         };
         self.name = name;
+        let offloads = self.device.active_offloads().unwrap_or_default();
+        if mtu > self.mtu || !self.device.offloads().contains(offloads) {
+            shared.look_at_devices();
+        }
         if mtu != self.mtu {
             self.mtu = mtu;
             shared.events.send(Event::MtuChanged {

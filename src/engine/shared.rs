@@ -1,7 +1,7 @@
 //! What the threads of an engine share. Nothing here is on the data path.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,8 @@ pub(super) struct Shared {
     pub(super) events: EventSender,
     pub(super) on_panic: OnPanic,
     wakers: Vec<Waker>,
+    /// How often the workers were asked to look at their devices' settings.
+    looks: AtomicU64,
     /// The engine closes its devices: that they go is no news.
     ending: AtomicBool,
     /// Per device: it is known to be gone.
@@ -41,6 +43,7 @@ impl Shared {
             events,
             on_panic,
             wakers,
+            looks: AtomicU64::new(0),
             ending: AtomicBool::new(false),
             gone: (0..devices).map(|_| AtomicBool::new(false)).collect(),
             causes: Mutex::new(causes),
@@ -60,6 +63,18 @@ impl Shared {
             self.events.send(Event::Stopping);
         }
         self.news.notify_all();
+    }
+
+    /// Asks all workers to look at their devices' settings.
+    pub(super) fn look_at_devices(&self) {
+        // Release: a worker that sees it asks the kernel after the change that is meant.
+        self.looks.fetch_add(1, Ordering::Release);
+        self.wakers.iter().for_each(Waker::wake);
+    }
+
+    /// How often they were asked.
+    pub(super) fn looks(&self) -> u64 {
+        self.looks.load(Ordering::Acquire)
     }
 
     /// A device is gone: told once, whoever finds out first.

@@ -13,7 +13,8 @@ use super::handler::Handler;
 use super::report::{WorkerEnd, WorkerReport};
 use super::shared::Shared;
 use crate::buf::Batch;
-use crate::worker::{Detached, PortId, Worker};
+use crate::queue::Changed;
+use crate::worker::{Detached, DeviceNews, PortId, Worker};
 
 #[cfg(feature = "metrics")]
 use super::histograms::Histograms;
@@ -28,6 +29,8 @@ pub(super) struct Thread<H> {
     pub(super) commands: Receiver<Command<H>>,
     pub(super) batch: Batch,
     pub(super) shared: Arc<Shared>,
+    /// Of the times that workers were asked to look at their devices' settings, those that this one did.
+    pub(super) looked: u64,
     #[cfg(feature = "metrics")]
     pub(super) histograms: Option<Box<Histograms>>,
 }
@@ -90,6 +93,7 @@ impl<H: Handler> Thread<H> {
             }
             if wake.woken {
                 self.obey(handler);
+                self.look_at_devices();
             }
             while let Some(port) = self.worker.next_ready() {
                 match self.worker.try_recv_many(port, &mut self.batch) {
@@ -103,8 +107,15 @@ impl<H: Handler> Thread<H> {
                 handler.timer(&mut self.worker);
             }
             handler.flush(&mut self.worker);
-            if let Some((device, passes)) = self.worker.given_up() {
-                self.shared.events.send(Event::OffloadsRefused { device, passes });
+            if let Some((device, news)) = self.worker.device_news() {
+                self.shared.events.send(match news {
+                    DeviceNews::GivenUp(passes) => Event::OffloadsRefused { device, passes },
+                    DeviceNews::Changed(Changed { header, offloads }) => Event::SetBack {
+                        device,
+                        header,
+                        offloads,
+                    },
+                });
             }
         }
     }
@@ -140,6 +151,28 @@ impl<H: Handler> Thread<H> {
                     let _ = reply.send(self.histograms.clone());
                 }
                 Err(_) => return,
+            }
+        }
+    }
+
+    /// The settings of a device were changed: gives its ports buffers that are long enough, and sets back what only this side may change.
+    fn look_at_devices(&mut self) {
+        let looks = self.shared.looks();
+        if std::mem::replace(&mut self.looked, looks) == looks {
+            return;
+        }
+        let ports: Vec<PortId> = self.worker.ports().collect();
+        for port in ports {
+            // It is there, and has something to say only if it was changed.
+            let _ = self.worker.restore(port);
+            if self.worker.fit(port).is_err()
+                && let (Some(queue), Some(info)) = (self.worker.queue(port), self.worker.port_info(port))
+            {
+                self.shared.events.send(Event::BuffersTooShort {
+                    device: queue.current_name().unwrap_or_else(|_| queue.name().to_owned()),
+                    worker: self.number,
+                    longest: info.longest,
+                });
             }
         }
     }

@@ -269,6 +269,81 @@ pub fn finish(packet: &mut [u8], start: usize, field: usize) {
     }
 }
 
+/// The EtherTypes that are commonly first in a frame: IPv4, IPv6, ARP, and the two VLAN tags.
+const COMMON_TYPES: [u16; 5] = [ETHERTYPE_IPV4, ETHERTYPE_IPV6, 0x0806, 0x8100, 0x88a8];
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_AT: usize = 12;
+const ETHERNET_LEN: usize = 14;
+
+/// Whether a packet that is no superpacket stands where the header's size says, as far as its first bytes tell: an IP packet of exactly this length,
+/// or a frame of a common type. One that does not may still be right.
+///
+/// The header's size belongs to the device, and any holder may change it (TUNSETVNETHDRSZ). Every packet is shifted then, and its header still
+/// says nothing wrong.
+#[inline]
+pub(crate) fn stands_in_place(packet: &[u8], link: Link) -> bool {
+    match link {
+        Link::None => is_exact_ip(packet),
+        Link::Ethernet => match ether_type(packet) {
+            Some(ETHERTYPE_IPV4) => is_framed_ip(packet, 4),
+            Some(ETHERTYPE_IPV6) => is_framed_ip(packet, 6),
+            Some(ether_type) => COMMON_TYPES.contains(&ether_type),
+            None => false,
+        },
+    }
+}
+
+/// Whether a frame carries an IP packet of this version, which fills the frame unless it was padded to the shortest one that there is.
+#[inline]
+fn is_framed_ip(frame: &[u8], version: u8) -> bool {
+    /// ETH_ZLEN, and two VLAN tags that were taken off.
+    const PADDED: usize = 60 + 8;
+    let packet = &frame[ETHERNET_LEN..];
+    packet.first().is_some_and(|first| first >> 4 == version) && (is_exact_ip(packet) || frame.len() <= PADDED)
+}
+
+/// Whether a packet that does not stand in place would do so further on, as one read with a longer header than expected.
+pub(crate) fn stands_further_on(packet: &[u8], link: Link) -> bool {
+    /// A header of a size beyond this one is found by asking alone.
+    const FURTHEST: usize = 64;
+    (1..FURTHEST).any(|shift| match (packet.get(shift..), link) {
+        (Some(rest), Link::None) => is_exact_ip(rest),
+        (Some(rest), Link::Ethernet) => match ether_type(rest) {
+            Some(ETHERTYPE_IPV4 | ETHERTYPE_IPV6) => is_exact_ip(&rest[ETHERNET_LEN..]),
+            _ => false,
+        },
+        (None, _) => false,
+    })
+}
+
+/// The EtherType of a frame that has a whole Ethernet header, if it is none of the common ones.
+pub(crate) fn rare_type(frame: &[u8]) -> Option<u16> {
+    ether_type(frame).filter(|ether_type| !COMMON_TYPES.contains(ether_type))
+}
+
+/// The EtherType of a frame that has a whole Ethernet header.
+fn ether_type(frame: &[u8]) -> Option<u16> {
+    let bytes = frame.get(ETHERTYPE_AT..ETHERNET_LEN)?;
+    Some(u16::from_be_bytes([bytes[0], bytes[1]]))
+}
+
+/// Whether it is an IP packet whose header gives exactly its length.
+#[inline]
+fn is_exact_ip(packet: &[u8]) -> bool {
+    /// Where the length stands, and what it does not count.
+    const V4: (usize, usize) = (2, 0);
+    const V6: (usize, usize) = (4, 40);
+    let (at, more) = match packet.first().map(|first| first >> 4) {
+        Some(4) => V4,
+        Some(6) => V6,
+        _ => return false,
+    };
+    packet
+        .get(at..at + 2)
+        .is_some_and(|length| usize::from(u16::from_be_bytes([length[0], length[1]])) + more == packet.len())
+}
+
 impl fmt::Display for VnetFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -283,3 +358,63 @@ impl fmt::Display for VnetFault {
 }
 
 impl std::error::Error for VnetFault {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// An IP packet of `len` bytes, filled with what must not matter.
+    fn ip(version: u8, len: usize) -> Vec<u8> {
+        let mut packet = vec![0xa5; len];
+        packet[0] = version << 4 | 5;
+        let (at, length) = if version == 4 { (2, len) } else { (4, len - 40) };
+        packet[at..at + 2].copy_from_slice(&(length as u16).to_be_bytes());
+        packet
+    }
+
+    fn frame(ether_type: u16, payload: &[u8]) -> Vec<u8> {
+        let mut frame = vec![0x02, 0, 0, 0, 0, 1, 0x02, 0, 0, 0, 0, 2];
+        frame.extend(ether_type.to_be_bytes());
+        frame.extend(payload);
+        frame
+    }
+
+    #[test]
+    fn a_packet_in_place_is_believed_and_a_shifted_one_is_found() {
+        for len in [48, 60, 576, 1500] {
+            for (version, ether_type) in [(4, ETHERTYPE_IPV4), (6, ETHERTYPE_IPV6)] {
+                let packet = ip(version, len);
+                for (link, bytes) in [
+                    (Link::None, packet.clone()),
+                    (Link::Ethernet, frame(ether_type, &packet)),
+                ] {
+                    assert!(stands_in_place(&bytes, link) && !stands_further_on(&bytes, link));
+                    for shift in [1, 2, 4, 10, 14, 62] {
+                        // The kernel leaves zeros between a longer header and the packet, or what was there before.
+                        for filler in [vec![0; shift], bytes[..shift.min(bytes.len())].to_vec()] {
+                            let shifted = [filler.as_slice(), &bytes].concat();
+                            assert!(!stands_in_place(&shifted, link), "{link:?} {len} {shift}");
+                            assert!(stands_further_on(&shifted, link), "{link:?} {len} {shift}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn frames_of_common_types_are_believed_and_nothing_panics() {
+        for ether_type in COMMON_TYPES.into_iter().skip(2) {
+            assert!(stands_in_place(&frame(ether_type, &[0; 28]), Link::Ethernet));
+        }
+        assert!(!stands_in_place(&frame(0x8847, &[0; 28]), Link::Ethernet));
+        for len in 0..80 {
+            for byte in [0, 0x45, 0x60, 0xff] {
+                for link in [Link::None, Link::Ethernet] {
+                    let bytes = vec![byte; len];
+                    let _ = (stands_in_place(&bytes, link), stands_further_on(&bytes, link));
+                }
+            }
+        }
+    }
+}

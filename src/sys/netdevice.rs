@@ -4,8 +4,9 @@ use std::borrow::Cow;
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::OnceLock;
 
-use super::syscall;
+use super::{syscall, tun};
 
 // The kernel copies the whole struct both ways; a shorter one would be overrun.
 #[cfg(target_pointer_width = "64")]
@@ -208,6 +209,72 @@ impl ControlSocket {
         Ok((text(&info.driver), text(&info.bus_info)))
     }
 
+    /// SIOCETHTOOL with ETHTOOL_GFEATURES: what the device leaves unfinished or uncut now, as the TUN_F_* that switch it on.
+    pub(crate) fn active_offloads(&self, name: &IfName) -> io::Result<u32> {
+        /// The same for every device of a running kernel.
+        static PLACES: OnceLock<[Option<u32>; FEATURES.len()]> = OnceLock::new();
+        let places = match PLACES.get() {
+            Some(places) => places,
+            None => {
+                let places = self.feature_places(name)?;
+                PLACES.get_or_init(|| places)
+            }
+        };
+        // 32 features to a block.
+        const BLOCKS: usize = 8;
+        let mut features = ethtool_gfeatures::<BLOCKS> {
+            cmd: ETHTOOL_GFEATURES,
+            size: BLOCKS as u32,
+            features: [[0; 4]; BLOCKS],
+        };
+        let mut ifreq = ifreq_named(name);
+        ifreq.ifr_ifru.ifru_data = (&raw mut features).cast();
+        // For this request the kernel fills at most `size` blocks behind ifr_data, which outlive the call.
+        self.ioctl(libc::SIOCETHTOOL, &mut ifreq)?;
+        let is_active = |&place: &u32| {
+            let block = features.features.get(place as usize / 32);
+            block.is_some_and(|[_, _, active, _]| active >> (place % 32) & 1 != 0)
+        };
+        let active = places
+            .iter()
+            .zip(FEATURES)
+            .filter(|(place, _)| place.as_ref().is_some_and(is_active));
+        Ok(active.fold(0, |flags, (_, (_, flag))| flags | flag))
+    }
+
+    /// ETHTOOL_GSSET_INFO and ETHTOOL_GSTRINGS: the numbers of the features by name, which differ from kernel to kernel.
+    fn feature_places(&self, name: &IfName) -> io::Result<[Option<u32>; FEATURES.len()]> {
+        let mut info = ethtool_sset_info {
+            cmd: ETHTOOL_GSSET_INFO,
+            reserved: 0,
+            sset_mask: 1 << ETH_SS_FEATURES,
+            data: [0],
+        };
+        let mut ifreq = ifreq_named(name);
+        ifreq.ifr_ifru.ifru_data = (&raw mut info).cast();
+        // One bit of the mask is set, so the kernel fills one number.
+        self.ioctl(libc::SIOCETHTOOL, &mut ifreq)?;
+        const WORDS: usize = ETH_GSTRING_LEN / size_of::<u32>();
+        // The head of `struct ethtool_gstrings`, then the strings.
+        let mut strings = vec![0_u32; 3 + info.data[0] as usize * WORDS];
+        strings[..3].copy_from_slice(&[ETHTOOL_GSTRINGS, ETH_SS_FEATURES, info.data[0]]);
+        let mut ifreq = ifreq_named(name);
+        ifreq.ifr_ifru.ifru_data = strings.as_mut_ptr().cast();
+        // The kernel fills as many strings as it said above: their number is fixed when it is built.
+        self.ioctl(libc::SIOCETHTOOL, &mut ifreq)?;
+        let mut places = [None; FEATURES.len()];
+        for (number, string) in strings[3..].chunks_exact(WORDS).enumerate() {
+            let bytes: Vec<u8> = string.iter().flat_map(|word| word.to_ne_bytes()).collect();
+            let len = bytes.iter().position(|&byte| byte == 0).unwrap_or(bytes.len());
+            for (place, (feature, _)) in places.iter_mut().zip(FEATURES) {
+                if feature.as_bytes() == &bytes[..len] {
+                    *place = Some(number as u32);
+                }
+            }
+        }
+        Ok(places)
+    }
+
     fn flags(&self, name: &IfName) -> io::Result<libc::c_short> {
         let mut ifreq = ifreq_named(name);
         self.ioctl(libc::SIOCGIFFLAGS, &mut ifreq)?;
@@ -225,6 +292,44 @@ impl ControlSocket {
 
 /// linux/ethtool.h.
 const ETHTOOL_GDRVINFO: u32 = 0x0000_0003;
+const ETHTOOL_GSTRINGS: u32 = 0x0000_001b;
+const ETHTOOL_GSSET_INFO: u32 = 0x0000_0037;
+const ETHTOOL_GFEATURES: u32 = 0x0000_003a;
+const ETH_SS_FEATURES: u32 = 4;
+const ETH_GSTRING_LEN: usize = 32;
+
+/// What set_offload of tun.c switches, by the features' names (net/ethtool/common.c).
+const FEATURES: [(&str, u32); 5] = [
+    ("tx-checksum-ip-generic", tun::TUN_F_CSUM),
+    ("tx-tcp-segmentation", tun::TUN_F_TSO4),
+    ("tx-tcp6-segmentation", tun::TUN_F_TSO6),
+    ("tx-tcp-ecn-segmentation", tun::TUN_F_TSO_ECN),
+    ("tx-udp-segmentation", tun::TUN_F_USO4 | tun::TUN_F_USO6),
+];
+
+/// `struct ethtool_sset_info` (linux/ethtool.h) with room for one number.
+#[repr(C)]
+#[allow(non_camel_case_types)]
+struct ethtool_sset_info {
+    cmd: u32,
+    reserved: u32,
+    sset_mask: u64,
+    data: [u32; 1],
+}
+
+const _: () = assert!(std::mem::offset_of!(ethtool_sset_info, data) == 16);
+
+/// `struct ethtool_gfeatures` (linux/ethtool.h) with room for some blocks of `struct ethtool_get_features_block`: available, requested,
+/// active, never_changed.
+#[repr(C)]
+#[allow(non_camel_case_types)]
+struct ethtool_gfeatures<const BLOCKS: usize> {
+    cmd: u32,
+    size: u32,
+    features: [[u32; 4]; BLOCKS],
+}
+
+const _: () = assert!(size_of::<ethtool_gfeatures<2>>() == 40);
 #[cfg(feature = "lab")]
 const ETHTOOL_GTXCSUM: u32 = 0x16;
 #[cfg(feature = "lab")]

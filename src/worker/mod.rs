@@ -37,6 +37,8 @@ use crate::buf::{Account, Arena, ArenaConfig, Batch, LARGE_PACKET, PacketBuf, Re
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 #[cfg(feature = "engine")]
 use crate::offload::Offloads;
+#[cfg(feature = "engine")]
+use crate::queue::Changed;
 use crate::queue::Queue;
 use crate::stats::{Books, Counters, StatsReader, WorkerStats};
 use crate::sys::socket::Datagrams;
@@ -100,6 +102,15 @@ pub struct Worker {
 enum Imp {
     Ring(Box<RingBackend>),
     Syscalls(SyscallBackend),
+}
+
+/// What an engine reports of a device.
+#[cfg(feature = "engine")]
+pub(crate) enum DeviceNews {
+    /// The kernel refuses superpackets; these are still passed on.
+    GivenUp(Offloads),
+    /// Another holder changed it, and it was set back.
+    Changed(Changed),
 }
 
 /// What the backends share.
@@ -607,12 +618,65 @@ impl Worker {
         self.ports.find(port).map(|port| port.info())
     }
 
-    /// A device whose superpackets were given up since the last call, and what its port still passes on.
+    /// A device whose superpackets were given up, or that another holder changed, since the last call.
     #[cfg(feature = "engine")]
-    pub(crate) fn given_up(&mut self) -> Option<(String, Offloads)> {
-        let port = self.ports.iter_mut().find(|port| port.outgoing.untold)?;
-        port.outgoing.untold = false;
-        Some((name_of(&port.endpoint), port.outgoing.pass))
+    pub(crate) fn device_news(&mut self) -> Option<(String, DeviceNews)> {
+        let is_news = |port: &&mut Port| port.outgoing.untold || port.changed.is_some();
+        let port = self.ports.iter_mut().find(is_news)?;
+        let news = match port.changed.take() {
+            Some(changed) => DeviceNews::Changed(changed),
+            None => {
+                port.outgoing.untold = false;
+                DeviceNews::GivenUp(port.outgoing.pass)
+            }
+        };
+        Some((name_of(&port.endpoint), news))
+    }
+
+    /// Asks the kernel whether another holder of a port's device changed the size of its virtio-net header, or switched on offloads that were
+    /// not granted here, and sets both back. Returns whether that was so.
+    ///
+    /// A worker asks by itself where a packet looks wrong, and an engine where the kernel reports a change. What is left to ask from time to time,
+    /// for a worker without an engine: whether the device of a port without a header hands out packets with unfinished checksums. The call waits
+    /// for the kernel's lock of all network settings.
+    ///
+    /// # Errors
+    /// [`PortErrorKind::Gone`] if the port was detached.
+    pub fn restore(&mut self, port: PortId) -> Result<bool, PortError> {
+        let index = self.ports.check(port)?;
+        Ok(self.ports.at(index).restore())
+    }
+
+    /// Gives a port the buffers that its device's MTU wants now. Returns whether they were too short before.
+    ///
+    /// # Errors
+    /// There are none that are long enough, or none is free.
+    #[cfg(feature = "engine")]
+    pub(crate) fn fit(&mut self, port: PortId) -> Result<bool, OpenError> {
+        let Some(found) = self.ports.find(port) else {
+            return Ok(false);
+        };
+        if found.class == SizeClass::Large && found.outgoing.vnet {
+            return Ok(false);
+        }
+        let (class, now) = (self.class_for(&found.endpoint)?, found.class);
+        if class == SizeClass::Small || now == SizeClass::Large {
+            return Ok(false);
+        }
+        self.open_large();
+        let index = usize::from(port.index);
+        // A read that is in flight would end in a buffer of the other size.
+        let idle = match &mut self.backend {
+            Imp::Ring(ring) => ring.disarm(&mut self.cx, &mut self.ports, index),
+            Imp::Syscalls(_) => true,
+        };
+        let arena = &self.cx.arena;
+        if !idle || arena.open_account(index, class, self.reserve).is_none() {
+            let detail = "every large buffer is promised to a port or in use; raise WorkerConfig::large_buffers";
+            return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "fit", detail));
+        }
+        self.ports.at(index).widen(arena);
+        Ok(true)
     }
 
     /// Switches what a port does with superpackets on or off, from the next packet on. Nothing is lost by it: what is not passed on is cut.
@@ -718,7 +782,7 @@ impl Worker {
         let Endpoint::Queue(queue) = endpoint else {
             return Ok(SizeClass::Small);
         };
-        let mtu = match queue.mtu() {
+        let mtu = match queue.mtu_now() {
             // It may be switched on later; a superpacket is as long as IP can be.
             _ if queue.vnet_hdr() => 65_535,
             Some(mtu) => mtu,

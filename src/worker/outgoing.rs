@@ -329,6 +329,7 @@ pub(super) fn send(
     if let Endpoint::Handoff(_) = ports.at(index).endpoint {
         return Sent::one_way();
     }
+    ports.at(index).sends();
     while !batch.is_empty() && total.stopped.is_none() {
         let port = ports.at(index);
         if let Some(error) = port.gone().or_else(|| writer.fault()) {
@@ -453,6 +454,9 @@ fn run(
             packets: writes[place].packets,
         }
     });
+    // Behind a header of another size than the device's, nothing is a packet.
+    let is_refused = refused.is_some() || sent.refusal.is_some_and(|error| error.raw_os_error() == libc::EINVAL);
+    let restored = is_refused && port.outgoing.vnet && port.restore();
     for (write, &result) in writes.iter().zip(results) {
         let Some(kind) = write.kind else { continue };
         if result >= 0 {
@@ -466,6 +470,8 @@ fn run(
     }
     if let Some(refused) = refused
         && sent.stopped.is_none()
+        // It goes again as it is, now that it can.
+        && !restored
     {
         *again = match writes[refused] {
             Write {

@@ -13,8 +13,8 @@ use super::handoff::{self, HandoffEnd};
 use super::outgoing::{self, OutgoingRules, Superpackets};
 use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::{PortError, PortErrorKind};
-use crate::offload::{GsoType, Offloads, VnetHdr};
-use crate::queue::Queue;
+use crate::offload::{GsoType, Link, Offloads, VnetHdr, vnet};
+use crate::queue::{Changed, Queue};
 use crate::stats::{Counters, PortTally};
 use crate::sys::fd;
 
@@ -145,6 +145,12 @@ impl Sent {
     }
 }
 
+/// Batches sent to a device with a header, between two proofs that the header has the right size.
+const MOST_UNPROVED: u32 = 1024;
+
+/// Packets beyond the buffers, between two questions whether they are superpackets that another holder switched on.
+const TRUNCATED_ASK: u64 = 1024;
+
 /// One packet that lies in a slot and waits to be asked for.
 #[derive(Clone, Copy)]
 struct Received {
@@ -161,6 +167,19 @@ pub(super) enum Delivery {
     Packet(u32),
     /// Its header contradicted it.
     Dropped,
+}
+
+/// How far it is known that the device's header has the size that is counted with.
+#[derive(Default)]
+struct HeaderPlace {
+    /// Batches sent since a packet came that stood in place, or since the kernel was asked.
+    unproved: u32,
+    /// Times that the device's header was set back, as far as this port knows.
+    restored: u32,
+    /// Packets read before it was set back may still come: at most that many.
+    strays: u32,
+    /// An uncommon type of frame that stood in place when the kernel was asked.
+    known_type: Option<u16>,
 }
 
 pub(super) struct Port {
@@ -196,6 +215,9 @@ pub(super) struct Port {
     pub(super) cutting: bool,
     pub(super) outgoing: OutgoingRules,
     pub(super) tally: Arc<PortTally>,
+    /// What another holder of the device had changed, for an engine to report.
+    pub(super) changed: Option<Changed>,
+    place: HeaderPlace,
     inbox: VecDeque<Received>,
     /// A permanent end, and whether it was told.
     gone: Option<PortError>,
@@ -212,7 +234,7 @@ impl Port {
             fd: endpoint.raw_fd(),
             account: Account::port(usize::from(id.index)),
             class,
-            read_len: arena.read_len(class) + if outgoing.vnet { VnetHdr::LEN as u32 } else { 0 },
+            read_len: read_len(arena, class, outgoing.vnet),
             read_at: arena.config().data_offset() as u32 - if outgoing.vnet { VnetHdr::LEN as u32 } else { 0 },
             endpoint,
             armed: false,
@@ -229,6 +251,8 @@ impl Port {
             cutting: false,
             outgoing,
             tally,
+            changed: None,
+            place: HeaderPlace::default(),
             // A burst, and the read that was armed before it.
             inbox: VecDeque::with_capacity(LONGEST as usize + 1),
             gone: None,
@@ -341,21 +365,28 @@ impl Port {
         let Received { slot, len, .. } = read;
         // SAFETY: the slot is checked out for this read, which ended with `len` bytes at `read_at`; nobody else has a view of it yet.
         let bytes = unsafe { std::slice::from_raw_parts(arena.address(slot, self.read_at).as_ptr(), len as usize) };
+        let link = self.outgoing.link;
         let shape = bytes
             .split_first_chunk::<{ VnetHdr::LEN }>()
             .and_then(|(header, packet)| {
                 let header = VnetHdr::from_bytes(*header);
-                if header.is_plain() {
-                    return (!packet.is_empty()).then_some(Shape::Plain);
-                }
-                let meta = header.check(packet, self.outgoing.link).ok()?;
-                Some(Shape::of(&meta, arena.config().data_offset() as u32))
+                let shape = if header.is_plain() {
+                    Shape::Plain
+                } else {
+                    let meta = header.check(packet, link).ok()?;
+                    Shape::of(&meta, arena.config().data_offset() as u32)
+                };
+                // The headers of a superpacket were found where they should be.
+                let in_place = shape.is_gso() || vnet::stands_in_place(packet, link);
+                (in_place || !packet.is_empty() && !self.is_stray(packet)).then_some(shape)
             });
         let Some(shape) = shape else {
             arena.release(slot);
             self.tally.bad_headers.add(1);
-            self.notice
-                .get_or_insert(PortError::new(PortErrorKind::BadPacket, "read", libc::EBADMSG));
+            if !self.restore() {
+                self.notice
+                    .get_or_insert(PortError::new(PortErrorKind::BadPacket, "read", libc::EBADMSG));
+            }
             return None;
         };
         let len = len - VnetHdr::LEN as u32;
@@ -369,6 +400,76 @@ impl Port {
             slot
         };
         Some(Received { slot, len, shape })
+    }
+
+    /// Whether a packet that does not stand in place was read with a header of another size than ours; else it is a rare one, and right.
+    #[cold]
+    fn is_stray(&mut self, packet: &[u8]) -> bool {
+        let link = self.outgoing.link;
+        // This queue or another one of the device may have found out before, with reads under way.
+        let restored = match &self.endpoint {
+            Endpoint::Queue(queue) => queue.headers_restored(),
+            _ => 0,
+        };
+        if restored != self.place.restored {
+            self.place.restored = restored;
+            self.place.strays = LONGEST + 1;
+        }
+        if self.place.strays > 0 && vnet::stands_further_on(packet, link) {
+            self.place.strays -= 1;
+            return true;
+        }
+        let ether_type = vnet::rare_type(packet).filter(|_| link == Link::Ethernet);
+        if ether_type.is_some() && ether_type == self.place.known_type {
+            return false;
+        }
+        if self.restore() {
+            return true;
+        }
+        self.place.known_type = ether_type;
+        false
+    }
+
+    /// Asks the kernel whether another holder of the device changed its header or its offloads, and sets both back. Returns whether that was so.
+    ///
+    /// The kernel may keep one waiting for its answer ([`Queue::restore`]), so this is only called where something is wrong.
+    #[cold]
+    pub(super) fn restore(&mut self) -> bool {
+        self.place.unproved = 0;
+        let Endpoint::Queue(queue) = &self.endpoint else {
+            return false;
+        };
+        let Some(changed) = queue.restore() else {
+            return false;
+        };
+        self.tally.set_back.add(1);
+        self.changed = Some(changed);
+        self.notice = Some(PortError::new(
+            PortErrorKind::Changed,
+            "ioctl(TUNSETVNETHDRSZ)",
+            libc::EBADMSG,
+        ));
+        true
+    }
+
+    /// Called for each batch that is sent. The kernel takes frames behind a header of the wrong size without a word; where nothing comes back that
+    /// would show it, it is asked now and then.
+    #[inline]
+    pub(super) fn sends(&mut self) {
+        if self.outgoing.vnet {
+            self.place.unproved += 1;
+            if self.place.unproved >= MOST_UNPROVED {
+                self.restore();
+            }
+        }
+    }
+
+    /// Takes larger buffers from now on. No read is in flight.
+    #[cfg(feature = "engine")]
+    pub(super) fn widen(&mut self, arena: &Arena) {
+        debug_assert!(!self.armed);
+        self.class = SizeClass::Large;
+        self.read_len = read_len(arena, self.class, self.outgoing.vnet);
     }
 
     /// Puts the result of a read straight into the batch, if it is a packet that may go there; the caller counts it.
@@ -390,7 +491,11 @@ impl Port {
 
     /// A packet filled its buffer: more of it may be lost.
     pub(super) fn truncated(&mut self) {
+        let before = self.tally.truncated.get();
         self.tally.truncated.add(1);
+        if before.is_multiple_of(TRUNCATED_ASK) && self.restore() {
+            return;
+        }
         self.notice = Some(PortError::new(PortErrorKind::Truncated, "read", libc::EMSGSIZE));
     }
 
@@ -408,6 +513,8 @@ impl Port {
         match errno {
             libc::EAGAIN => self.tally.empty_asks.add(1),
             libc::EINTR | libc::ECANCELED => {}
+            // No room for the header that the kernel wants to put in front.
+            libc::EINVAL if self.outgoing.vnet && self.restore() => self.tally.bad_headers.add(1),
             _ => {
                 let error = self.error(call, errno);
                 if error.is_permanent() {
@@ -456,6 +563,7 @@ impl Port {
         if got > 0 {
             self.tally.batches.add(1);
             self.recent = true;
+            self.place.unproved = 0;
             return Ok(got);
         }
         if let Some(notice) = self.notice.take() {
@@ -494,6 +602,11 @@ impl Port {
             counters: self.tally.read(),
         }
     }
+}
+
+/// How much a read offers: one byte more than the longest packet, and the driver's header.
+fn read_len(arena: &Arena, class: SizeClass, vnet: bool) -> u32 {
+    arena.read_len(class) + if vnet { VnetHdr::LEN as u32 } else { 0 }
 }
 
 /// The ports of a worker, by index.

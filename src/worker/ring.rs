@@ -362,14 +362,20 @@ impl RingBackend {
     /// Ends all operations on a port and forgets its descriptor. Packets that came meanwhile are in its inbox. `false` if the kernel
     /// did not let go in time.
     pub(super) fn detach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
+        // Not only its own requests: until Linux 6.13 a registered file is held until all requests on registered files have ended that began
+        // before it was taken out (io_uring/rsrc.c). A queue would stay attached for as long as another port waits, and keep its flows.
+        let idle = self.disarm(cx, ports, index);
+        let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
+        idle
+    }
+
+    /// Ends all operations. Packets that came meanwhile are in the inboxes. `false` if the kernel did not let go of this port in time.
+    pub(super) fn disarm(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
         // What was pushed can be cancelled once it is submitted.
         if !self.ring.submission().is_empty() {
             self.enter(0, true, None);
         }
-        // Not only its own requests: until Linux 6.13 a registered file is held until all requests on registered files have ended that began
-        // before it was taken out (io_uring/rsrc.c). A queue would stay attached for as long as another port waits, and keep its flows.
         self.cancel_all(cx, ports);
-        let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
         !ports.at(index).armed
     }
 
