@@ -108,7 +108,7 @@ impl Iface {
     /// Waits for a packet and puts it into `buf`. Returns how many bytes of `buf` it fills, packet information included.
     ///
     /// A packet longer than `buf` is cut, and the rest is lost. So `buf` should be as long as the device's MTU, plus 14 bytes of Ethernet
-    /// header for TAP (18 with a VLAN tag), plus 4 bytes of packet information if there is any. An empty `buf` gives 0 and takes no packet.
+    /// header for TAP (18 with a VLAN tag, 22 with two), plus 4 bytes of packet information if there is any. An empty `buf` gives 0 and takes no packet.
     ///
     /// It is one read(2) on the device and blocks as that does. The descriptor can be made non-blocking (through
     /// [`as_raw_fd`](AsRawFd::as_raw_fd)); an empty queue is then EAGAIN ([`WouldBlock`](io::ErrorKind::WouldBlock)).

@@ -30,8 +30,11 @@ pub(crate) struct ArenaConfig {
     pub(crate) large_slots: usize,
 }
 
-/// The longest packet a large slot is made for: the largest IP packet behind an Ethernet and a VLAN header.
-pub(crate) const LARGE_PACKET: usize = 65_535 + 18;
+/// An Ethernet header with two VLAN tags (802.1ad): the most that stands before an IP packet.
+pub(crate) const LINK_HEADER: usize = 14 + 2 * 4;
+
+/// The longest packet a large slot is made for: the largest IP packet and its link header.
+pub(crate) const LARGE_PACKET: usize = 65_535 + LINK_HEADER;
 
 impl ArenaConfig {
     /// Where a packet begins in its slot when nothing was prepended.

@@ -15,7 +15,7 @@ mod shape;
 
 pub use arena::leaked_arenas;
 pub(crate) use arena::{
-    Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, MOST_ACCOUNTS, SizeClass, leak_memory,
+    Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, LINK_HEADER, MOST_ACCOUNTS, SizeClass, leak_memory,
 };
 pub use batch::{Batch, Drain};
 pub use packet::{NoRoom, PacketBuf};

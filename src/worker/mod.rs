@@ -33,7 +33,9 @@ pub(crate) use waker::WakeHandle;
 pub use waker::Waker;
 
 use crate::Mode;
-use crate::buf::{Account, Arena, ArenaConfig, Batch, LARGE_PACKET, PacketBuf, RemoteBuf, SizeClass, leak_memory};
+use crate::buf::{
+    Account, Arena, ArenaConfig, Batch, LARGE_PACKET, LINK_HEADER, PacketBuf, RemoteBuf, SizeClass, leak_memory,
+};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 #[cfg(feature = "engine")]
 use crate::offload::Offloads;
@@ -788,8 +790,8 @@ impl Worker {
             Some(mtu) => mtu,
             None => return Ok(SizeClass::Small),
         };
-        // An Ethernet header with one VLAN tag; the packet information.
-        let link = if queue.mode() == Mode::Tap { 18 } else { 0 } + if queue.packet_info() { 4 } else { 0 };
+        // The link header; the packet information.
+        let link = if queue.mode() == Mode::Tap { LINK_HEADER } else { 0 } + if queue.packet_info() { 4 } else { 0 };
         let longest = mtu as usize + link;
         let arena = &self.cx.arena;
         if longest < arena.read_len(SizeClass::Small) as usize {
