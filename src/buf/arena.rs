@@ -186,13 +186,16 @@ pub(crate) struct Shared {
     /// Keeps the memory mapped until the last handle is gone.
     _map: MmapRaw,
     config: ArenaConfig,
-    /// Views of each slot that came back and were not yet counted by the home thread.
+    /// Views of each slot that came back and were not yet counted by the home thread. Never more
+    /// than the slot has (`SlotState::views`), so the count cannot overflow.
     returned: Box<[AtomicU32]>,
     /// The slot below this one on the stack of slots with returned views.
     link: Box<[AtomicU32]>,
     head: AtomicU32,
     /// Set by a home thread that is about to sleep for want of buffers.
     hungry: AtomicBool,
+    /// The memory stays mapped until the process ends, and is counted as leaked.
+    leaked: AtomicBool,
     waker: WakeHandle,
 }
 
@@ -298,6 +301,7 @@ impl Arena {
             link: (0..total).map(|_| AtomicU32::new(NIL)).collect(),
             head: AtomicU32::new(NIL),
             hungry: AtomicBool::new(false),
+            leaked: AtomicBool::new(false),
             waker,
         };
         let small = config.small_slots as u32;
@@ -493,14 +497,15 @@ impl Arena {
         small
     }
 
-    /// Adds a view of `slot`.
+    /// Adds a view of `slot`. Aborts the process when the count is full, as `Rc` does: a count
+    /// that wrapped around would free a slot that still has views.
     pub(crate) fn add_view(&self, slot: u32) {
         let cell = &self.slots[slot as usize];
         let state = cell.get();
-        cell.set(SlotState {
-            views: state.views + 1,
-            ..state
-        });
+        let Some(views) = state.views.checked_add(1) else {
+            too_many_views()
+        };
+        cell.set(SlotState { views, ..state });
     }
 
     /// Ends one view of `slot`; the last one frees it.
@@ -562,12 +567,23 @@ impl Arena {
     }
 }
 
+/// Only reached by leaking packets with `mem::forget`. A panic could be caught, and then repeated.
+#[cold]
+fn too_many_views() -> ! {
+    std::process::abort()
+}
+
 static LEAKED: AtomicU64 = AtomicU64::new(0);
 
 /// Keeps the memory mapped for ever, because the kernel may still write into it.
+///
+/// Once per arena, however many of its packets the kernel may still read: `leaked_arenas` counts
+/// arenas.
 pub(crate) fn leak_memory(shared: &Arc<Shared>) {
-    std::mem::forget(Arc::clone(shared));
-    LEAKED.fetch_add(1, Ordering::Relaxed);
+    if !shared.leaked.swap(true, Ordering::Relaxed) {
+        std::mem::forget(Arc::clone(shared));
+        LEAKED.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// How many arenas this process has leaked since it started.
@@ -672,6 +688,65 @@ mod tests {
                 }
             });
             assert_eq!(arena.occupancy(), (64, 64));
+        }
+    }
+
+    /// Runs `work` in a child of this process: it ends the process, or changes what others count.
+    fn in_child(test: &str, work: fn()) -> Option<std::process::Output> {
+        const IN_CHILD: &str = "TUN_DRIVER_IN_CHILD";
+        if std::env::var_os(IN_CHILD).is_some() {
+            work();
+            return None;
+        }
+        let child = std::process::Command::new(std::env::current_exe().expect("this program"))
+            .args([&format!("buf::arena::tests::{test}"), "--exact", "--nocapture"])
+            .env(IN_CHILD, "1")
+            .output();
+        Some(child.expect("a child"))
+    }
+
+    #[test]
+    fn a_view_count_that_is_full_aborts_the_process() {
+        use std::os::unix::process::ExitStatusExt;
+        let child = in_child("a_view_count_that_is_full_aborts_the_process", || {
+            let arena = arena(2, 0);
+            let slot = arena.check_out(Account::NONE, SizeClass::Small).expect("free slot");
+            // As after 2³² - 3 calls of `mem::forget(packet.split_to(0))`.
+            arena.slots[slot as usize].set(SlotState {
+                views: u32::MAX - 1,
+                owner: Account::NONE,
+            });
+            arena.add_view(slot);
+            println!("the last one");
+            // What unwinds could be caught, and tried again.
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| arena.add_view(slot)));
+            println!("it goes on");
+        });
+        let Some(child) = child else { return };
+        let text = String::from_utf8_lossy(&child.stdout);
+        assert!(text.contains("the last one") && !text.contains("it goes on"), "{text}");
+        assert_eq!(child.status.signal(), Some(libc::SIGABRT), "{text}");
+    }
+
+    #[test]
+    fn an_arena_is_leaked_and_counted_once_whatever_is_in_flight() {
+        let child = in_child("an_arena_is_leaked_and_counted_once_whatever_is_in_flight", || {
+            let arenas = [arena(8, 0), arena(8, 0)];
+            for arena in arenas {
+                let arena = std::rc::Rc::new(arena);
+                for _ in 0..5 {
+                    let slot = arena.check_out(Account::NONE, SizeClass::Small).expect("free slot");
+                    crate::PacketBuf::whole_slot(&arena, slot, 10).keep_for_ever();
+                }
+                // As a worker does that cannot drain its ring.
+                leak_memory(arena.shared());
+                assert_eq!(arena.occupancy(), (3, 8));
+                assert_eq!(Arc::strong_count(arena.shared()), 2);
+            }
+            assert_eq!(leaked_arenas(), 2);
+        });
+        if let Some(child) = child {
+            assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
         }
     }
 

@@ -178,6 +178,9 @@ impl PacketBuf {
     /// It stays right while headers are taken off the front or put there. What stands in front of the IP header of a superpacket comes in front of
     /// each of its segments.
     ///
+    /// [`Meta::Verified`] ends with any change of the packet's bytes or bounds, and with any call
+    /// that lends its bytes for writing.
+    ///
     /// Whoever changes addresses or ports of an unfinished packet or a superpacket has to correct its checksum field all the same
     /// ([`offload::checksum::update`](crate::offload::checksum::update) takes the complement of what the field holds).
     ///
@@ -292,7 +295,7 @@ impl PacketBuf {
 
     /// How it is to be cut, if it is a superpacket.
     pub(crate) fn plan(&self) -> Result<Option<Plan>, VnetFault> {
-        self.gso()?.map(|gso| Plan::new(&gso, self)).transpose()
+        self.gso()?.map(|gso| Plan::of_checked(&gso, self)).transpose()
     }
 
     /// One segment as a packet of its own. `None` if there is no slot for it.
@@ -386,6 +389,7 @@ impl PacketBuf {
         }
         self.start -= header.len() as u32;
         self.len += header.len() as u32;
+        // Also ends a verdict, as `append`, `grow_front` and `grow_back` do.
         self[..header.len()].copy_from_slice(header);
         Ok(())
     }
@@ -451,6 +455,9 @@ impl PacketBuf {
     #[inline]
     pub fn trim_front(&mut self, count: usize) {
         let count = count.min(self.len as usize) as u32;
+        if count > 0 {
+            self.shape.unverify();
+        }
         self.start += count;
         self.len -= count;
     }
@@ -458,7 +465,10 @@ impl PacketBuf {
     /// Cuts the packet to its first `len` bytes; the rest becomes tailroom. Nothing happens if it is shorter already.
     #[inline]
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len.min(u32::MAX as usize) as u32);
+        if len < self.len as usize {
+            self.shape.unverify();
+            self.len = len as u32;
+        }
     }
 
     /// Takes the first `at` bytes off as a packet of their own, without a copy; `self` keeps the rest.
@@ -467,7 +477,8 @@ impl PacketBuf {
     /// address is kept by both. What [`meta`](Self::meta) says stays with the front part, which it no longer fits if this is a superpacket.
     ///
     /// # Panics
-    /// If `at` is more than the packet's length.
+    /// If `at` is more than the packet's length. The process aborts if the slot has 2³² − 1 views
+    /// already, which takes leaking them ([`mem::forget`](std::mem::forget)).
     pub fn split_to(&mut self, at: usize) -> PacketBuf {
         assert!(
             at <= self.len as usize,
@@ -476,6 +487,9 @@ impl PacketBuf {
         );
         let cut = self.start + at as u32;
         self.arena.add_view(self.slot);
+        if at < self.len as usize {
+            self.shape.unverify();
+        }
         let front = PacketBuf {
             arena: Rc::clone(&self.arena),
             slot: self.slot,
@@ -565,9 +579,7 @@ impl DerefMut for PacketBuf {
     #[inline]
     fn deref_mut(&mut self) -> &mut [u8] {
         // What was verified may be changed.
-        if self.shape == Shape::Verified {
-            self.shape = Shape::Plain;
-        }
+        self.shape.unverify();
         let at = self.arena.address(self.slot, self.start);
         // SAFETY: as in `deref`; `&mut self` makes it the only access.
         unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), self.len as usize) }

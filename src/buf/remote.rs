@@ -30,13 +30,14 @@ impl RemoteBuf {
     /// Replaces its content, at the usual place, with that of a packet of which `shape` was said when it began at `start` in its slot. It must have a slot of its own that is long enough.
     pub(crate) fn refill(&mut self, bytes: &[u8], shape: Shape, start: u32) {
         self.parts.start = self.shared.data_offset();
-        self.parts.shape = shape.moved(start, self.parts.start);
         self.parts.len = bytes.len() as u32;
         assert!(
             self.parts.start + self.parts.len <= self.parts.high,
             "longer than its slot"
         );
         self.copy_from_slice(bytes);
+        // Last: writing ends a verdict, and this one is on the bytes just written.
+        self.parts.shape = shape.moved(start, self.parts.start);
     }
 
     /// Whether `shared` is the arena that it came from.
@@ -89,6 +90,8 @@ impl Deref for RemoteBuf {
 
 impl DerefMut for RemoteBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
+        // What was verified may be changed.
+        self.parts.shape.unverify();
         let at = self.shared.address(self.parts.slot, self.parts.start);
         // SAFETY: as in `deref`; `&mut self` makes it the only access.
         unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), self.parts.len as usize) }

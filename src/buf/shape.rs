@@ -112,6 +112,14 @@ impl Shape {
         }
     }
 
+    /// After the packet's bytes or bounds changed: what was verified is so no longer.
+    #[inline]
+    pub(crate) fn unverify(&mut self) {
+        if *self == Self::Verified {
+            *self = Self::Plain;
+        }
+    }
+
     #[inline]
     pub(crate) fn is_gso(self) -> bool {
         matches!(self, Self::Gso { .. })

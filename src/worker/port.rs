@@ -6,7 +6,7 @@ use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, RawFd};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::burst::{Burst, LONGEST};
 use super::handoff::{self, HandoffEnd};
@@ -22,12 +22,13 @@ use crate::sys::fd;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortId {
     pub(super) index: u16,
-    serial: u32,
+    /// 64 bits, so that it never comes around.
+    serial: u64,
 }
 
 impl PortId {
     pub(crate) fn new(index: usize) -> Self {
-        static SERIAL: AtomicU32 = AtomicU32::new(0);
+        static SERIAL: AtomicU64 = AtomicU64::new(0);
         Self {
             index: index as u16,
             serial: SERIAL.fetch_add(1, Ordering::Relaxed),
