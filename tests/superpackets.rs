@@ -1,6 +1,7 @@
 //! Superpackets through ports: real TCP and UDP between two namespaces, through a worker that passes, cuts and merges; on both backends.
 
 mod common;
+mod device;
 
 use std::collections::hash_map::DefaultHasher;
 use std::hash::Hasher;
@@ -32,7 +33,21 @@ fn main() {
         add("TCP through every combination of offloads", tcp_combinations);
         add("TCP over TAP", tcp_over_tap);
         add("frames with a VLAN tag are superpackets too", tagged_frames);
+        add("a frame with two VLAN tags fits at every MTU", frames_with_two_tags);
         add("TCP at other MTUs", tcp_at_other_mtus);
+        add("no change of a packet survives as verified", changed_after_the_verdict);
+        add(
+            "no change of a packet survives the kernel's own verdict",
+            changed_after_the_kernels_verdict,
+        );
+        add(
+            "an unfinished packet with another sum in its field is not merged",
+            another_sum,
+        );
+        add(
+            "a checksum inside the IP header is refused, received and sent",
+            checksums_inside_the_header,
+        );
         add("UDP superpackets are passed, cut and merged", udp_combinations);
         add("a superpacket that is split by hand arrives whole", split_by_hand);
         add("what does not fit stays a superpacket", split_bit_by_bit);
@@ -328,6 +343,399 @@ fn tcp_over_tap(backend: Backend) {
     }
 }
 
+/// T19. Of 802.1ad with a tag of 802.1Q inside, each as long as the device's MTU allows.
+fn frames_with_two_tags(backend: Backend) {
+    let mut worker = Worker::new(&config(backend)).unwrap();
+    // About the length of an ordinary buffer, byte by byte.
+    for mtu in 1_820..=1_860_u32 {
+        let device = Builder::new("qinq%d", Mode::Tap).mtu(mtu).up(true).open().unwrap();
+        let handle = device.device().unwrap().clone();
+        let port = worker.attach(device.into_queues().remove(0)).unwrap();
+        // A VLAN device on a VLAN device hands its tags over beyond the MTU, as part of the link
+        // header. Not every kernel has them; a packet socket may send what a higher MTU allows.
+        handle.set_mtu(mtu + 8).unwrap();
+        let tags = [0x88, 0xa8, 0, 9, 0x81, 0, 0, 7, 8, 0];
+        let frame = [&[2; 12][..], &tags, &pattern(mtu as usize, mtu.into())].concat();
+        send_to_device(handle.index(), 0x88a8, false, &frame);
+        let mut batch = Batch::with_capacity(8);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            assert!(Instant::now() < deadline, "MTU {mtu}");
+            worker.recv_many(port, &mut batch).unwrap();
+            batch.retain_mut(|packet| packet[12..].starts_with(&tags));
+            if !batch.is_empty() {
+                break;
+            }
+        }
+        assert!(batch[0][..] == frame, "MTU {mtu}");
+        assert_eq!(worker.counters(port).unwrap().truncated, 0);
+        drop(worker.detach(port).unwrap());
+    }
+}
+
+/// A whole datagram, from `from` to a port.
+fn datagram(from: Ipv4Addr, to: Ipv4Addr, port: u16, payload: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    etherparse::PacketBuilder::ipv4(from.octets(), to.octets(), 64)
+        .udp(9_000, port)
+        .write(&mut packet, payload)
+        .unwrap();
+    packet
+}
+
+/// Sends four datagrams, the third of which was corrupted, and looks which ones arrive.
+fn third_is_corrupt(worker: &mut Worker, port: PortId, receiver: &UdpSocket, batch: &mut Batch, what: &str) {
+    let before = worker.counters(port).unwrap().merged_packets;
+    assert_eq!(batch.len(), 4, "{what}");
+    let sent = worker.send_many(port, batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (4, 0, None), "{what}");
+    // The stack drops the third, for its checksum is still as wrong as it was made.
+    for index in [0, 1, 3] {
+        assert!(
+            received(receiver) == vec![index; 500],
+            "{what}: a corrupt datagram was delivered"
+        );
+    }
+    // It only ended the run of the first two.
+    assert_eq!(worker.counters(port).unwrap().merged_packets - before, 2, "{what}");
+}
+
+/// Ways to make the third packet another one than the one that was verified.
+type Change = fn(&Worker, &Worker, PacketBuf) -> PacketBuf;
+
+fn changed_after_the_verdict(backend: Backend) {
+    fn verified(mut packet: PacketBuf) -> PacketBuf {
+        packet.set_meta(Meta::Verified).unwrap();
+        packet
+    }
+    fn corrupt(mut packet: PacketBuf) -> PacketBuf {
+        packet[100] ^= 1;
+        packet
+    }
+    // In each, `packet` is whole, and what comes back is corrupt and as long.
+    let changes: [(&str, Change); 18] = [
+        ("written", |_, _, packet| corrupt(verified(packet))),
+        ("written by as_mut", |_, _, packet| {
+            let mut packet = verified(packet);
+            packet.as_mut()[100] ^= 1;
+            packet
+        }),
+        ("behind an outer header", |_, _, packet| {
+            let mut packet = corrupt(packet);
+            packet.prepend(&[7; 20]).unwrap();
+            let mut packet = verified(packet);
+            packet.trim_front(20);
+            packet
+        }),
+        ("before a trailer", |_, _, packet| {
+            let mut packet = corrupt(packet);
+            packet.append(&[7; 20]).unwrap();
+            let mut packet = verified(packet);
+            packet.truncate(528);
+            packet
+        }),
+        ("split off a trailer", |_, _, packet| {
+            let mut packet = corrupt(packet);
+            packet.append(&[7; 20]).unwrap();
+            verified(packet).split_to(528)
+        }),
+        ("split off an outer header", |_, _, packet| {
+            let mut packet = corrupt(packet);
+            packet.prepend(&[7; 20]).unwrap();
+            let mut packet = verified(packet);
+            drop(packet.split_to(20));
+            packet
+        }),
+        ("prepended", |_, _, packet| {
+            let mut packet = corrupt(packet);
+            let first = packet[..4].to_vec();
+            packet.trim_front(4);
+            let mut packet = verified(packet);
+            packet.prepend(&first).unwrap();
+            packet
+        }),
+        ("appended", |_, _, packet| {
+            let mut packet = corrupt(packet);
+            let last = packet[524..].to_vec();
+            packet.truncate(524);
+            let mut packet = verified(packet);
+            packet.append(&last).unwrap();
+            packet
+        }),
+        ("grown in front", |_, _, packet| {
+            let mut packet = packet;
+            let mut first = packet[..101].to_vec();
+            first[100] ^= 1;
+            packet.trim_front(101);
+            let mut packet = verified(packet);
+            packet.grow_front(101).unwrap().copy_from_slice(&first);
+            packet
+        }),
+        ("grown behind", |_, _, packet| {
+            let mut packet = packet;
+            packet.truncate(527);
+            let mut packet = verified(packet);
+            packet.grow_back(1).unwrap()[0] = 99;
+            packet
+        }),
+        ("written as it travels", |worker, _, packet| {
+            let mut remote = verified(packet).into_remote();
+            remote[100] ^= 1;
+            worker.import(remote).unwrap()
+        }),
+        ("written as it travels, on another thread", |worker, _, packet| {
+            let mut remote = verified(packet).into_remote();
+            let remote = thread::spawn(move || {
+                remote[100] ^= 1;
+                remote
+            });
+            worker.import(remote.join().unwrap()).unwrap()
+        }),
+        ("written and come to another worker", |_, other, packet| {
+            let mut remote = verified(packet).into_remote();
+            remote[100] ^= 1;
+            other.import(remote).unwrap()
+        }),
+        ("written after it came to another worker", |_, other, packet| {
+            corrupt(other.import(verified(packet).into_remote()).unwrap())
+        }),
+        ("cut and come to another worker", |_, other, packet| {
+            let mut packet = corrupt(packet);
+            packet.prepend(&[7; 20]).unwrap();
+            let mut packet = verified(packet);
+            packet.trim_front(20);
+            other.import(packet.into_remote()).unwrap()
+        }),
+        ("written in a batch", |_, _, packet| {
+            let mut batch = Batch::with_capacity(1);
+            batch.push(verified(packet)).unwrap();
+            batch.iter_mut().for_each(|packet| packet[100] ^= 1);
+            batch.pop().unwrap()
+        }),
+        ("written by retain_mut", |_, _, packet| {
+            let mut batch = Batch::with_capacity(1);
+            batch.push(verified(packet)).unwrap();
+            batch.retain_mut(|packet| {
+                packet[100] ^= 1;
+                true
+            });
+            batch.pop().unwrap()
+        }),
+        ("lent as a segment", |_, _, packet| {
+            let mut packet = verified(packet);
+            packet.segments().unwrap().next().unwrap()[100] ^= 1;
+            packet
+        }),
+    ];
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
+        skip("this kernel takes no UDP superpackets");
+    }
+    let other = Worker::new(&config(backend)).unwrap();
+    let receiver = receiver();
+    let to = receiver.local_addr().unwrap().port();
+    let mut batch = Batch::with_capacity(4);
+    let fill = |worker: &Worker, batch: &mut Batch, change: Change| {
+        for index in 0..4 {
+            let bytes = datagram(RIGHT, LEFT, to, &[index; 500]);
+            let packet = worker.packet_from(&bytes).unwrap();
+            let packet = if index == 2 {
+                change(worker, &other, packet)
+            } else {
+                verified(packet)
+            };
+            assert_eq!(packet.len(), 528);
+            batch.push(packet).unwrap();
+        }
+    };
+    // Unchanged, the verdict is believed.
+    fill(&worker, &mut batch, |worker, _, packet| {
+        worker.import(verified(packet).into_remote()).unwrap()
+    });
+    assert!(batch.iter().all(|packet| packet.meta() == Ok(Meta::Verified)));
+    assert_eq!(worker.send_many(port, &mut batch).accepted, 4);
+    (0..4).for_each(|index| assert_eq!(received(&receiver), [index; 500]));
+    assert_eq!(worker.counters(port).unwrap().merged_packets, 4);
+    for (what, change) in changes {
+        fill(&worker, &mut batch, change);
+        assert_eq!(batch[2].meta(), Ok(Meta::Plain), "{what}");
+        third_is_corrupt(&mut worker, port, &receiver, &mut batch, what);
+    }
+    // By way of a hand-off: refilled, and given through.
+    let (handed, mut handoff) = worker.open_handoff(8).unwrap();
+    fill(&worker, &mut batch, |_, _, packet| corrupt(verified(packet)));
+    assert_eq!(handoff.send_many(&mut batch).accepted, 4);
+    assert_eq!(worker.try_recv_many(handed, &mut batch), Ok(4));
+    assert_eq!(
+        (batch[1].meta(), batch[2].meta()),
+        (Ok(Meta::Verified), Ok(Meta::Plain))
+    );
+    third_is_corrupt(&mut worker, port, &receiver, &mut batch, "handed over");
+    fill(&worker, &mut batch, |_, _, packet| packet);
+    for (index, packet) in batch.drain().enumerate() {
+        let mut remote = verified(packet).into_remote();
+        if index == 2 {
+            remote[100] ^= 1;
+        }
+        handoff.send_remote(remote).unwrap();
+    }
+    assert_eq!(worker.try_recv_many(handed, &mut batch), Ok(4));
+    assert_eq!(
+        (batch[1].meta(), batch[2].meta()),
+        (Ok(Meta::Verified), Ok(Meta::Plain))
+    );
+    third_is_corrupt(&mut worker, port, &receiver, &mut batch, "given through");
+}
+
+/// The same with a verdict of the kernel's: GRO verifies what a NAPI device brings, and it is
+/// forwarded to a device with offloads (VIRTIO_NET_HDR_F_DATA_VALID).
+fn changed_after_the_kernels_verdict(backend: Backend) {
+    const SOURCE: Ipv4Addr = Ipv4Addr::new(198, 18, 1, 2);
+    let changes: [(&str, fn(&Worker, PacketBuf) -> PacketBuf); 3] = [
+        ("written", |_, mut packet| {
+            packet[100] ^= 1;
+            packet
+        }),
+        ("written as it travels", |worker, packet| {
+            let mut remote = packet.into_remote();
+            remote[100] ^= 1;
+            worker.import(remote).unwrap()
+        }),
+        ("another end", |_, mut packet| {
+            packet.truncate(527);
+            packet.append(&[99]).unwrap();
+            packet
+        }),
+    ];
+    sysctl("net/ipv4/ip_forward", 1).unwrap();
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    let far = Namespace::new().unwrap();
+    let open = || {
+        let device = Builder::new("far", Mode::Tun).offloads(Offloads::all());
+        device.address(RIGHT, 24).up(true).open().unwrap().into_queues()
+    };
+    let out = worker.attach(far.run(open).unwrap().remove(0)).unwrap();
+    let receiver = far
+        .run(|| {
+            let socket = UdpSocket::bind((RIGHT, 0)).unwrap();
+            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            // The source lies behind another device.
+            let netlink = Handle::new().unwrap();
+            let index = netlink.index_of("far").unwrap();
+            netlink.add_route(SOURCE.into(), 32, None, index).unwrap();
+            socket
+        })
+        .unwrap();
+    if !worker.port_info(out).unwrap().passes.contains(Offloads::USO) {
+        skip("this kernel takes no UDP superpackets");
+    }
+    let to = receiver.local_addr().unwrap().port();
+    let napi = device::raw_tun("napi0", libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_NAPI).unwrap();
+    let netlink = Handle::new().unwrap();
+    let index = netlink.index_of("napi0").unwrap();
+    netlink.set_up(index, true).unwrap();
+    netlink.add_route(SOURCE.into(), 32, None, index).unwrap();
+    let mut batch = Batch::with_capacity(4);
+    let mut one = Batch::with_capacity(8);
+    for (what, change) in changes {
+        for index in 0..4_u8 {
+            // One by one: GRO is not to merge them itself.
+            device::write(&napi, &datagram(SOURCE, RIGHT, to, &[index; 500])).unwrap();
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while one.is_empty() {
+                assert!(Instant::now() < deadline, "{what}: nothing is forwarded");
+                worker.recv_many(port, &mut one).unwrap();
+                one.retain_mut(|packet| packet.len() == 528 && packet.ends_with(&[index; 500]));
+            }
+            let packet = one.pop().unwrap();
+            if packet.meta() != Ok(Meta::Verified) {
+                skip(format!("this kernel says {:?} of what GRO verified", packet.meta()));
+            }
+            let packet = if index == 2 { change(&worker, packet) } else { packet };
+            batch.push(packet).unwrap();
+        }
+        third_is_corrupt(&mut worker, out, &receiver, &mut batch, what);
+    }
+}
+
+/// Four unfinished datagrams. The field of the third holds the sum for another address, as after a
+/// translation that forgot it.
+fn another_sum(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
+        skip("this kernel takes no UDP superpackets");
+    }
+    let receiver = receiver();
+    let to = receiver.local_addr().unwrap().port();
+    let mut batch = Batch::with_capacity(4);
+    for index in 0..4 {
+        let (_, bytes) = udp_superpacket(&[index; 500], 500, to);
+        let mut packet = worker.packet_from(&bytes).unwrap();
+        packet.set_meta(Meta::Unfinished { start: 20, field: 26 }).unwrap();
+        if index == 2 {
+            let pseudo = tun_driver::offload::checksum::pseudo_header(&[10, 9, 0, 3], &bytes[16..20], 17, 508);
+            packet[26..28].copy_from_slice(&pseudo.seed());
+        }
+        assert!(matches!(packet.meta(), Ok(Meta::Unfinished { .. })));
+        batch.push(packet).unwrap();
+    }
+    assert_eq!(worker.send_many(port, &mut batch).accepted, 4);
+    // It went alone, with what its field held. The local stack takes an unfinished packet without
+    // a look; sent on, it gets the wrong checksum that it deserves.
+    assert_eq!(worker.counters(port).unwrap().merged_packets, 2);
+    (0..4).for_each(|index| assert_eq!(received(&receiver), [index; 500]));
+}
+
+/// A checksum that would be written over an address.
+fn checksums_inside_the_header(backend: Backend) {
+    let (mut worker, port, device) = with_device(backend, Offloads::all());
+    let v6 = udp_superpacket_v6(&[1; 100], 100, 0).1;
+    let mut v4 = vec![0x46, 0, 0, 132, 0, 1, 0x40, 0, 64, 17, 0, 0];
+    v4.extend(RIGHT.octets());
+    v4.extend(LEFT.octets());
+    v4.extend([1, 1, 1, 0]);
+    v4.extend([0, 9, 0, 9, 0, 108, 0, 0]);
+    v4.extend([1; 100]);
+    // The kernel takes what lies behind the shortest IP header that there is.
+    let lies = [(0x86dd, &v6, 24, 6), (0x0800, &v4, 20, 2)];
+    let mut batch = Batch::with_capacity(8);
+    for (count, (protocol, packet, start, offset)) in (1..).zip(lies) {
+        let mut claim = header(0, 0, start, offset).to_bytes().to_vec();
+        claim.extend(packet);
+        send_to_device(device.index(), protocol, true, &claim);
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            assert!(Instant::now() < deadline, "{protocol:#x}");
+            match worker.recv_many(port, &mut batch) {
+                Err(error) if error.kind() == PortErrorKind::BadPacket => break,
+                Err(error) => panic!("{error}"),
+                // Other packets of the stack.
+                Ok(_) => assert!(batch.iter().all(|packet| !packet.ends_with(&[1; 100]))),
+            }
+            batch.clear();
+        }
+        assert_eq!(worker.counters(port).unwrap().bad_headers, count);
+    }
+    // The same to send, and to a device without offloads, where the library writes it.
+    let plain = Builder::new("plain0", Mode::Tun).up(true).open().unwrap();
+    let plain = worker.attach(plain.into_queues().remove(0)).unwrap();
+    for port in [port, plain] {
+        let before = worker.counters(port).unwrap().refused.count(libc::EINVAL);
+        for (packet, start, field) in [(&v6, 24, 30), (&v6, 38, 40), (&v4, 12, 16), (&v4, 20, 22), (&v4, 0, 10)] {
+            let mut packet = worker.packet_from(packet).unwrap();
+            packet.set_meta(Meta::Unfinished { start, field }).unwrap();
+            batch.push(packet).unwrap();
+        }
+        let mut good = worker.packet_from(&v4).unwrap();
+        good.set_meta(Meta::Unfinished { start: 24, field: 30 }).unwrap();
+        batch.push(good).unwrap();
+        let sent = worker.send_many(port, &mut batch);
+        assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 5, None));
+        assert_eq!(sent.refusal.map(|error| error.kind()), Some(PortErrorKind::BadPacket));
+        assert_eq!(worker.counters(port).unwrap().refused.count(libc::EINVAL) - before, 5);
+    }
+}
+
 fn tcp_at_other_mtus(backend: Backend) {
     for mtu in [1280, 4000, 9000] {
         for offloads in [
@@ -346,6 +754,36 @@ fn tcp_at_other_mtus(backend: Backend) {
     }
 }
 
+/// A packet socket sends these bytes to a device, with a driver's header in front if `vnet`.
+fn send_to_device(index: u32, protocol: u16, vnet: bool, bytes: &[u8]) {
+    // SAFETY: the call takes no pointers; the descriptor is new and ours.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0);
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    };
+    if vnet {
+        option(&socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1);
+    }
+    // SAFETY: all zero is a value of it.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = protocol.to_be();
+    address.sll_ifindex = index as i32;
+    // SAFETY: the bytes and the address live through the call.
+    let sent = unsafe {
+        libc::sendto(
+            socket.as_raw_fd(),
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            0,
+            (&raw const address).cast(),
+            size_of_val(&address) as libc::socklen_t,
+        )
+    };
+    assert_eq!(sent, bytes.len() as isize, "{}", std::io::Error::last_os_error());
+}
+
 /// A packet socket sends a tagged superpacket to the device; it comes to the worker as one, and goes out in pieces that have the tag.
 fn tagged_frames(backend: Backend) {
     let device = Builder::new("tagged", Mode::Tap)
@@ -359,13 +797,6 @@ fn tagged_frames(backend: Backend) {
     let payload = pattern(20_000, 11);
     let (_, ip) = tcp_superpacket(&payload, 1_000);
     let tagged = [&[2; 12][..], &[0x81, 0, 0, 7, 8, 0], &ip].concat();
-    // SAFETY: the calls take no pointers but to locals that outlive them; the descriptor is new and ours.
-    let socket = unsafe {
-        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, 0);
-        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd)
-    };
-    option(&socket, libc::SOL_PACKET, libc::PACKET_VNET_HDR, 1);
     let mut frame = header(1, 1_000, 18 + 20, 16).to_bytes().to_vec();
     // The packet socket wants to know how long the headers are.
     frame[2..4].copy_from_slice(&58_u16.to_ne_bytes());
@@ -374,23 +805,7 @@ fn tagged_frames(backend: Backend) {
     let pseudo = tun_driver::offload::checksum::pseudo_header(&ip[12..16], &ip[16..20], 6, ip.len() as u32 - 20);
     let field = 10 + 18 + 20 + 16;
     frame[field..field + 2].copy_from_slice(&pseudo.seed());
-    // SAFETY: all zero is a value of it.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_protocol = 0x8100_u16.to_be();
-    address.sll_ifindex = index as i32;
-    // SAFETY: the frame and the address live through the call.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            (&raw const address).cast(),
-            size_of_val(&address) as libc::socklen_t,
-        )
-    };
-    assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
+    send_to_device(index, 0x8100, true, &frame);
     let (mut batch, mut whole) = (Batch::with_capacity(8), Batch::with_capacity(64));
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {

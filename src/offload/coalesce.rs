@@ -53,6 +53,11 @@
 //! | many segments | 64 of UDP, any number of TCP | [`Limits::segments`] of either |
 //! | order of different flows | runs that ended, then those that were held | that of their first packets |
 //!
+//! # How far it sees
+//!
+//! Packets join within one batch of at most the table's capacity. A port's sender ([`Worker::send_many`](crate::Worker::send_many)) looks at 128 packets at
+//! a time: two packets of a flow with more than that between them in a batch go apart, and no run goes on from one window to the next.
+//!
 //! # Order
 //!
 //! Groups come in the order of their first packets. No packet overtakes another of its flow: what does not join ends the flow's run. A packet

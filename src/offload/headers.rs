@@ -77,6 +77,9 @@ pub const TCP: u8 = 6;
 /// The number of UDP.
 pub const UDP: u8 = 17;
 
+/// Bytes of an Ethernet header without tags.
+const ETHERNET: usize = 14;
+
 /// The most extension headers that are passed over.
 const EXTENSIONS_MAX: usize = 8;
 
@@ -110,11 +113,36 @@ impl Headers {
     /// The source and the target address, 4 or 16 bytes each, of the packet that these headers are of.
     #[inline]
     pub fn addresses<'a>(&self, packet: &'a [u8]) -> Option<(&'a [u8], &'a [u8])> {
-        let (at, len) = match self.version {
-            Version::V4 => (self.network + 12, 4),
-            Version::V6 => (self.network + 8, 16),
+        let header = packet.get(self.network..)?;
+        match self.version {
+            Version::V4 => Some(header.get(12..20)?.split_at(4)),
+            Version::V6 => Some(header.get(8..40)?.split_at(16)),
+        }
+    }
+
+    /// Where the IP header ends and a checksum may begin: behind its extension headers, as far as
+    /// they can be read, and at least behind the fixed part. Of a packet that is not IP, where the
+    /// link header ends.
+    #[inline]
+    pub(crate) fn network_end(packet: &[u8], link: Link) -> usize {
+        let network = match link {
+            Link::None => 0,
+            // What is not IP may have another layer here, of which nothing is known.
+            Link::Ethernet => match behind_ethernet(packet) {
+                Ok(network) => network,
+                Err(_) => return ETHERNET,
+            },
         };
-        Some(packet.get(at..at + 2 * len)?.split_at(len))
+        match packet.get(network) {
+            Some(first) if first >> 4 == 4 => network + 4 * usize::from(first & 0xf).max(5),
+            Some(first) if first >> 4 == 6 => match packet.get(network + 6) {
+                Some(&next) if is_extension(next) => {
+                    Self::parse_v6(packet, network).map_or(network + 40, |headers| headers.transport)
+                }
+                _ => network + 40,
+            },
+            _ => network,
+        }
     }
 
     fn parse_v4(packet: &[u8], network: usize) -> Result<Self, HeaderFault> {
@@ -150,7 +178,7 @@ impl Headers {
         }
         let (mut protocol, mut transport, mut fragment) = (header[6], network + 40, false);
         let mut extensions = 0;
-        while let 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140 = protocol {
+        while is_extension(protocol) {
             if fragment {
                 break;
             }
@@ -214,6 +242,12 @@ impl Headers {
         self.payload += len;
         Ok(self)
     }
+}
+
+/// Whether an IPv6 header of this number is followed by another one.
+#[inline]
+fn is_extension(header: u8) -> bool {
+    matches!(header, 0 | 43 | 44 | 51 | 60 | 135 | 139 | 140)
 }
 
 /// Where the IP header begins behind an Ethernet header.
@@ -333,6 +367,38 @@ mod tests {
         assert_eq!(with(&|packet| packet[32] = 0x40), Err(HeaderFault::Length));
         assert_eq!(with(&|packet| packet[32] = 0xf0), Err(HeaderFault::Length));
         assert_eq!(with(&|packet| packet[3] = 30), Err(HeaderFault::Length));
+    }
+
+    #[test]
+    fn a_checksum_begins_behind_the_ip_header() {
+        let v4 = tcp4(&[]);
+        let ethernet = |tags: &[u8], ip: &[u8]| [&[2; 12][..], tags, ip].concat();
+        assert_eq!(Headers::network_end(&v4, Link::None), 20);
+        for (tags, end) in [
+            (&[8, 0][..], 34),
+            (&[0x81, 0, 0, 1, 8, 0], 38),
+            (&[0x88, 0xa8, 0, 1, 0x81, 0, 0, 2, 8, 0], 42),
+            // Not IP: nothing is known behind the addresses.
+            (&[0x88, 0x47], 14),
+        ] {
+            assert_eq!(Headers::network_end(&ethernet(tags, &v4), Link::Ethernet), end);
+        }
+        // Options, also where the packet is not as long as it says; and fewer words than there are.
+        let mut short = v4.clone();
+        short[0] = 0x4f;
+        assert_eq!(Headers::network_end(&short, Link::None), 60);
+        short[0] = 0x41;
+        assert_eq!(Headers::network_end(&short, Link::None), 20);
+        let mut v6 = vec![0x60, 0, 0, 0, 0, 32, 60, 64];
+        v6.resize(72, 0);
+        v6[40..42].copy_from_slice(&[17, 2]);
+        assert_eq!(Headers::network_end(&v6, Link::None), 64);
+        v6[41] = 200;
+        assert_eq!(Headers::network_end(&v6, Link::None), 40);
+        v6[6] = 6;
+        assert_eq!(Headers::network_end(&v6, Link::None), 40);
+        assert_eq!(Headers::network_end(&[], Link::None), 0);
+        assert_eq!(Headers::network_end(&[0x60], Link::None), 40);
     }
 
     proptest! {

@@ -44,7 +44,7 @@
 use std::ops::Range;
 
 use super::checksum::{Sum, pseudo_header, sum};
-use super::headers::{HeaderFault, TCP, UDP, Version};
+use super::headers::{HeaderFault, Headers, TCP, UDP, Version};
 use super::vnet::{Gso, GsoType, VnetFault};
 
 /// The most bytes of headers that a superpacket may have: far more than any stack sends.
@@ -88,26 +88,28 @@ impl Plan {
     /// Looks at the headers of a superpacket. `gso` is what [`VnetHdr::check`](super::VnetHdr::check) said of this packet.
     ///
     /// # Errors
-    /// The packet is not the one that `gso` is of, or has more headers than [`HEADERS_MAX`]; or the
-    /// segments are shorter than [`GsoType::size_min`].
+    /// The packet is not the one that `gso` is of, the fields of `gso` contradict each other, or
+    /// there are more headers than [`HEADERS_MAX`]; or the segments are shorter than
+    /// [`GsoType::size_min`].
     pub fn new(gso: &Gso, packet: &[u8]) -> Result<Self, VnetFault> {
-        let at = &gso.headers;
-        let payload = packet.len().checked_sub(at.payload).ok_or(VnetFault::Length)?;
-        if at.end != packet.len() {
+        // The fields are public, so they are looked up again.
+        if Headers::parse_at(packet, gso.headers.network).map_err(VnetFault::Headers)? != gso.headers {
             return Err(VnetFault::Length);
         }
-        if gso.size < gso.kind.size_min() {
-            return Err(VnetFault::Size);
-        }
+        gso.check(packet)?;
+        Self::of_checked(gso, packet)
+    }
+
+    /// The same of a `gso` that was just found in this very packet.
+    pub(crate) fn of_checked(gso: &Gso, packet: &[u8]) -> Result<Self, VnetFault> {
+        let at = &gso.headers;
+        debug_assert!(gso.check(packet).is_ok());
+        let payload = packet.len().checked_sub(at.payload).ok_or(VnetFault::Length)?;
         let mut headers = [0; HEADERS_MAX];
         let (Some(copy), Some(original)) = (headers.get_mut(..at.payload), packet.get(..at.payload)) else {
             return Err(VnetFault::Headers(HeaderFault::Options));
         };
         copy.copy_from_slice(original);
-        let least = at.transport + if gso.kind == GsoType::Udp { 8 } else { 20 };
-        if least > at.payload || at.network + 20 > at.transport {
-            return Err(VnetFault::Length);
-        }
         let (source, target) = at.addresses(packet).ok_or(VnetFault::Length)?;
         let pseudo = pseudo_header(source, target, at.protocol, 0);
 
@@ -332,8 +334,10 @@ impl<'a> Segments<'a> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
-    use crate::offload::{Headers, Link, Meta, VnetHdr};
+    use crate::offload::{Link, Meta, VnetHdr};
 
     /// A superpacket and its driver's header, with options if it is TCP.
     pub(crate) fn superpacket(v6: bool, tcp: bool, payload: usize, size: u16, flags: u8) -> (VnetHdr, Vec<u8>) {
@@ -472,6 +476,71 @@ mod tests {
             }
             assert!(plan.keep_from(plan.count(), &mut packet.clone()).is_none());
         }
+    }
+
+    proptest! {
+        /// The fields of `Gso` and `Headers` are public. Whatever they hold, a plan is refused or
+        /// cuts what is there, and nothing overflows.
+        #[test]
+        fn fields_that_contradict_each_other_are_refused(
+            v6: bool,
+            tcp: bool,
+            kind in prop::sample::select(vec![GsoType::Tcp4, GsoType::Tcp6, GsoType::Udp]),
+            size: u16,
+            places in prop::array::uniform4(prop_oneof![
+                Just(None),
+                (0usize..200).prop_map(Some),
+                (0usize..64).prop_map(|below| Some(usize::MAX - below)),
+                any::<usize>().prop_map(Some),
+            ]),
+            wrong_version: bool,
+            protocol in prop::option::of(any::<u8>()),
+            flip in prop::option::of((0usize..100, any::<u8>())),
+        ) {
+            let (header, mut packet) = superpacket(v6, tcp, 300, 100, 0);
+            let truth = gso_of(header, &packet);
+            if let Some((at, bits)) = flip {
+                packet[at] ^= bits;
+            }
+            let mut gso = Gso { kind, size, ..truth };
+            let at = &mut gso.headers;
+            for (field, place) in [&mut at.network, &mut at.transport, &mut at.payload, &mut at.end].into_iter().zip(places) {
+                *field = place.unwrap_or(*field);
+            }
+            if wrong_version {
+                at.version = if v6 { Version::V4 } else { Version::V6 };
+            }
+            at.protocol = protocol.unwrap_or(at.protocol);
+            let _ = (gso.headers.addresses(&packet), VnetHdr::of(&gso));
+            crate::offload::vnet::finish(&mut packet.clone(), gso.headers.transport, gso.headers.end);
+            let found = Headers::parse_at(&packet, gso.headers.network);
+            let Ok(plan) = Plan::new(&gso, &packet) else {
+                let sound = found == Ok(gso.headers) && gso.check(&packet).is_ok();
+                prop_assert!(!sound || gso.headers.payload > HEADERS_MAX);
+                return Ok(());
+            };
+            prop_assert_eq!(found, Ok(gso.headers));
+            let mut bytes = 0;
+            for index in 0..plan.count() {
+                let mut apart = vec![0; plan.header_len()];
+                bytes += plan.header(index, &packet, &mut apart).expect("a segment").len();
+                prop_assert!(plan.segment(index, &mut packet.clone()).is_some());
+                prop_assert!(plan.keep_from(index, &mut packet.clone()).is_some());
+            }
+            prop_assert_eq!(bytes, packet.len() - gso.headers.payload);
+            for index in [plan.count(), usize::MAX] {
+                prop_assert!(plan.header(index, &packet, &mut [0; HEADERS_MAX]).is_none());
+            }
+        }
+    }
+
+    #[test]
+    fn an_ipv6_superpacket_with_too_short_a_header_is_refused() {
+        let (header, packet) = superpacket(true, false, 300, 100, 0);
+        let mut gso = gso_of(header, &packet);
+        gso.headers.transport = gso.headers.network + 24;
+        assert!(Plan::new(&gso, &packet).is_err());
+        assert!(Segments::new(&gso, &mut packet.clone()).is_err());
     }
 
     #[test]

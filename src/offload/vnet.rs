@@ -9,10 +9,10 @@
 //! | `gso_type` | has to agree with the packet's version of IP and protocol; the ECN bit is told apart |
 //! | `hdr_len` | ignored, since the kernel itself is wrong about it where it forwards; the headers are found anew |
 //! | `gso_size` | not zero for a superpacket; below 8 of TCP, 8 (see [`GsoType::size_min`]) |
-//! | `csum_start`, `csum_offset` | inside the packet; of a superpacket, exactly where the protocol has its checksum |
+//! | `csum_start`, `csum_offset` | inside the packet and behind its IP header; of a superpacket, exactly where the protocol has its checksum |
 //!
-//! The claims of a plain packet that is to be finished are not held against its headers: it may be inside another (VXLAN), of which nothing is
-//! known here.
+//! Behind the IP header, the claims of a plain packet that is to be finished are not held against other headers: it may be inside another (VXLAN), of
+//! which nothing is known here.
 
 use std::fmt;
 
@@ -78,7 +78,7 @@ pub enum VnetFault {
     Mismatch,
     /// A superpacket with segments of no length, or below [`GsoType::size_min`].
     Size,
-    /// The checksum's place is not where the protocol has it, or not inside the packet.
+    /// The checksum's place is not where the protocol has it, inside the IP header, or not inside the packet.
     Checksum,
     /// The packet is longer or shorter than its own headers say.
     Length,
@@ -171,7 +171,8 @@ impl VnetHdr {
         if said.flags & virtio_net_hdr::F_NEEDS_CSUM != 0 {
             let start = usize::from(said.csum_start);
             let field = start + usize::from(said.csum_offset);
-            if field + 2 > packet.len() {
+            // Inside the IP header it would be written over an address.
+            if field + 2 > packet.len() || start < Headers::network_end(packet, link) {
                 return Err(VnetFault::Checksum);
             }
             return Ok(Meta::Unfinished { start, field });
@@ -264,8 +265,8 @@ impl GsoType {
 pub fn finish(packet: &mut [u8], start: usize, field: usize) {
     let Some(part) = packet.get(start..) else { return };
     let checksum = sum(part).checksum_udp();
-    if let Some(field) = packet.get_mut(field..field + 2) {
-        field.copy_from_slice(&checksum);
+    if let Some(field) = packet.get_mut(field..).and_then(<[u8]>::first_chunk_mut::<2>) {
+        *field = checksum;
     }
 }
 

@@ -16,9 +16,10 @@ use super::port::{Endpoint, Port, Ports, Sent, Weight, judge};
 use super::udp;
 use crate::buf::{Account, Arena, Batch, PacketBuf, Shape, SizeClass};
 use crate::error::PortError;
+use crate::offload::checksum::pseudo_header;
 use crate::offload::coalesce::HEADERS_MAX;
 use crate::offload::headers::{self, Headers};
-use crate::offload::{GroTable, Gso, GsoType, Limits, Link, Meta, Offloads, Trust, VnetHdr};
+use crate::offload::{GroTable, Gso, GsoType, Limits, Link, Meta, Offloads, Sum, Trust, VnetHdr};
 
 /// Packets that are looked at together, for merging.
 pub(super) const WINDOW: usize = 128;
@@ -114,6 +115,8 @@ impl Default for Superpackets {
 pub(super) struct OutgoingRules {
     /// A driver's header is in front of each packet.
     pub(super) vnet: bool,
+    /// The port is a queue of a device.
+    queue: bool,
     pub(super) link: Link,
     /// What the device was granted, and the kernel did not refuse.
     granted: Offloads,
@@ -140,6 +143,7 @@ impl OutgoingRules {
         };
         Self {
             vnet,
+            queue: matches!(endpoint, Endpoint::Queue(_)),
             link,
             granted: pass,
             pass,
@@ -151,6 +155,16 @@ impl OutgoingRules {
 
     pub(super) fn passes(&self, kind: GsoType) -> bool {
         self.pass.contains(offload_of(kind))
+    }
+
+    /// Whether an unfinished packet's checksum belongs behind its IP header. What goes out of a
+    /// socket is a payload, which need not be an IP packet.
+    #[inline]
+    fn may_finish(&self, packet: &PacketBuf) -> bool {
+        match packet.meta() {
+            Ok(Meta::Unfinished { start, .. }) => !self.queue || start >= Headers::network_end(packet, self.link),
+            _ => false,
+        }
     }
 
     /// What may be merged; `None` for nothing.
@@ -382,8 +396,11 @@ fn next(rules: &OutgoingRules, batch: &mut [PacketBuf], cut: bool) -> Next {
     for (place, packet) in batch[..most].iter_mut().enumerate() {
         let stop = match packet.shape() {
             Shape::Plain | Shape::Verified => continue,
-            Shape::Unfinished { .. } if rules.vnet && packet.meta().is_ok() => continue,
-            Shape::Unfinished { .. } if !rules.vnet && packet.finish_checksum().is_ok() => continue,
+            Shape::Unfinished { .. }
+                if rules.may_finish(packet) && (rules.vnet || packet.finish_checksum().is_ok()) =>
+            {
+                continue;
+            }
             Shape::Gso { kind, torn, .. } if packet.meta().is_ok() => {
                 if rules.vnet && rules.passes(kind) && torn == 0 && !(cut && place == 0) {
                     continue;
@@ -751,7 +768,9 @@ impl Write {
     }
 }
 
-/// Whether what is left to be finished is the packet's own TCP or UDP checksum.
+/// Whether what is left to be finished is the packet's own TCP or UDP checksum, and its field holds
+/// the sum over the pseudo-header. With another sum there (an address changed, say) the finished
+/// checksum would be wrong; merging would make it right.
 fn is_of_transport(packet: &PacketBuf, link: Link) -> bool {
     match (packet.meta(), Headers::parse(packet, link)) {
         (Ok(Meta::Unfinished { start, field }), Ok(headers)) => {
@@ -763,9 +782,22 @@ fn is_of_transport(packet: &PacketBuf, link: Link) -> bool {
             !headers.fragment
                 && (start, field) == (headers.transport, headers.transport + offset)
                 && headers.end == packet.len()
+                && has_seed(packet, &headers, field)
         }
         _ => false,
     }
+}
+
+/// Whether a checksum field holds the sum over the pseudo-header.
+fn has_seed(packet: &[u8], headers: &Headers, field: usize) -> bool {
+    let (Some((source, target)), Some(&[high, low])) = (
+        headers.addresses(packet),
+        packet.get(field..).and_then(<[u8]>::first_chunk::<2>),
+    ) else {
+        return false;
+    };
+    let length = (headers.end - headers.transport) as u32;
+    pseudo_header(source, target, headers.protocol, length) == Sum::of(u16::from_be_bytes([high, low]))
 }
 
 fn iovec(bytes: &[u8]) -> libc::iovec {
