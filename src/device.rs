@@ -129,10 +129,7 @@ impl Device {
 
     /// What the device leaves unfinished or uncut now, also if another holder of it switched that on.
     pub(crate) fn active_offloads(&self) -> io::Result<Offloads> {
-        self.inner
-            .control
-            .active_offloads(&self.name()?)
-            .map(attach::offloads_of)
+        self.call(ControlSocket::active_offloads).map(attach::offloads_of)
     }
 
     /// The largest IP packet, in bytes.
@@ -249,6 +246,29 @@ impl Device {
         }
     }
 
+    /// What stands for the device itself, wherever it is: compared by address, it is the same for all its handles and queues.
+    #[cfg(feature = "engine")]
+    pub(crate) fn mark(&self) -> &Arc<SharedOffloads> {
+        &self.inner.offloads
+    }
+
+    /// A handle for the same device in the namespace that it was moved to, which is asked of a queue of it.
+    #[cfg(feature = "engine")]
+    pub(crate) fn follow(&self, queue: &impl AsFd) -> io::Result<Self> {
+        // Takes CAP_NET_ADMIN there, and entering takes CAP_SYS_ADMIN.
+        let netns = File::from(tun::device_netns(queue.as_fd())?);
+        let (name, flags) = tun::iff(queue.as_fd())?;
+        let entrance = netns.try_clone()?;
+        let inner = &*self.inner;
+        let no_pi = if inner.packet_info { 0 } else { tun::IFF_NO_PI };
+        let flags = flags & !tun::IFF_NO_PI | no_pi;
+        let here = || {
+            let control = ControlSocket::new().map_err(|error| attach::os_error("socket(AF_UNIX)", &error))?;
+            Self::here(control, &name, flags, Some(entrance), Arc::clone(&inner.offloads))
+        };
+        Ok(in_netns(&netns, here)??)
+    }
+
     /// Makes a call that takes the name of the device, which must mean the same device before and after.
     fn call<T>(&self, call: impl Fn(&ControlSocket, &IfName) -> io::Result<T>) -> io::Result<T> {
         /// Renames that may come in between.
@@ -258,7 +278,11 @@ impl Device {
         for _ in 0..TRIES {
             let result = call(&self.inner.control, &name);
             let now = self.name()?;
-            if now == name {
+            let missed = result
+                .as_ref()
+                .is_err_and(|error| error.raw_os_error() == Some(libc::ENODEV));
+            // One that was not found under its name, and has the name again, was renamed twice.
+            if now == name && !missed {
                 return result;
             }
             name = now;

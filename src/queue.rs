@@ -302,6 +302,7 @@ pub(crate) struct QueueInfo {
     pub(crate) multi_queue: bool,
     pub(crate) mtu: Option<u32>,
     pub(crate) vnet_hdr: bool,
+    /// The same for all queues and handles of a device, and for those of no other device.
     pub(crate) offloads: Arc<SharedOffloads>,
     /// The way to ask about the device; `None` for an adopted queue whose namespace the kernel does not tell.
     pub(crate) device: Option<Device>,
@@ -367,6 +368,18 @@ impl Queue {
     pub fn current_name(&self) -> io::Result<String> {
         let (name, _) = tun::iff(self.as_fd())?;
         Ok(name.lossy().into_owned())
+    }
+
+    /// The handle for the device's settings; `None` for a queue that was adopted where the kernel does not tell its namespace.
+    #[cfg(feature = "engine")]
+    pub(crate) fn device(&self) -> Option<&Device> {
+        self.info.device.as_ref()
+    }
+
+    /// What stands for the device: see [`Device::mark`].
+    #[cfg(feature = "engine")]
+    pub(crate) fn mark(&self) -> &Arc<SharedOffloads> {
+        &self.info.offloads
     }
 
     /// Whether it carries IP packets or Ethernet frames.

@@ -20,7 +20,7 @@ use tun_driver::{
 
 fn main() {
     type Check = (&'static str, fn(Backend));
-    let each: [Check; 14] = [
+    let each: [Check; 17] = [
         (
             "every packet reaches a handler once, in order, queue by queue",
             delivers,
@@ -43,6 +43,18 @@ fn main() {
         ),
         ("a panic in any call is told, and closes the device", other_panics),
         ("a device that is deleted is told once, the rest goes on", device_gone),
+        (
+            "a device that is moved to another namespace is reported as moved, and served",
+            device_moved,
+        ),
+        (
+            "a move is reported as one though no worker answers",
+            device_moved_unanswered,
+        ),
+        (
+            "a device of queues attached at run time is watched, and gone once",
+            watches_attached,
+        ),
         ("queues move from one worker to another", moves_queues),
         ("packets from outside and between workers", handoffs),
         ("timers and flush", timers),
@@ -599,6 +611,153 @@ fn device_gone(backend: Backend) {
         [Event::Gone {
             device: "e0".to_owned()
         }]
+    );
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+/// The events up to the first that `last` says; without those of the link going up and down, which a move and an end bring or hide.
+fn events_until<H>(engine: &Engine<H>, last: impl Fn(&Event) -> bool) -> Vec<Event> {
+    let events = engine.events();
+    let mut seen = Vec::new();
+    loop {
+        let event = events.next_within(Duration::from_secs(20)).expect("an event");
+        let is_last = last(&event);
+        if !matches!(event, Event::Up { .. } | Event::Down { .. }) {
+            seen.push(event);
+        }
+        if is_last {
+            return seen;
+        }
+    }
+}
+
+fn device_moved(backend: Backend) {
+    // T8, T9.
+    let device = device("e0", 2, HERE);
+    let index = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let there = tun_driver::lab::Namespace::new().unwrap();
+    let netlink = Handle::new().unwrap();
+    netlink
+        .move_to_namespace(index, std::os::fd::AsFd::as_fd(&there))
+        .unwrap();
+    let moved = |event: &Event| matches!(event, Event::Moved { .. } | Event::Gone { .. });
+    let e0 = || "e0".to_owned();
+    assert_eq!(
+        events_until(&engine, moved),
+        [Event::Moved {
+            device: e0(),
+            watched: true
+        }]
+    );
+    assert_eq!(engine.wait_within(Duration::from_millis(50)), None, "it is not gone");
+    assert!(engine.stats().workers.iter().all(|worker| worker.ports.len() == 1));
+    // It is served and watched where it is now, also under another name.
+    let netlink = there.run(|| Handle::new().unwrap()).unwrap();
+    netlink.rename(index, "e8").unwrap();
+    netlink.set_up(index, true).unwrap();
+    netlink.set_mtu(index, 1300).unwrap();
+    assert_eq!(
+        events_until(&engine, |event| matches!(event, Event::MtuChanged { .. })),
+        [Event::MtuChanged {
+            device: "e8".to_owned(),
+            mtu: 1300
+        }]
+    );
+    netlink.add_address(index, HERE.parse().unwrap(), 24).unwrap();
+    there
+        .run(|| {
+            let mut filler = Filler::new(index, THERE.parse().unwrap(), 4).unwrap();
+            filler.fill(40, 100).unwrap();
+        })
+        .unwrap();
+    eventually("its packets come", || received(&engine) >= 40);
+    // Its deletion there is its end.
+    netlink.delete(index).unwrap();
+    assert!(matches!(engine.wait(), Ended::DeviceGone { .. }));
+    assert_eq!(
+        events_until(&engine, |event| matches!(event, Event::Gone { .. })).len(),
+        1
+    );
+    eventually("its ports are detached", || {
+        engine.stats().workers.iter().all(|worker| worker.ports.is_empty())
+    });
+    assert_eq!(engine.wait_within(Duration::from_millis(20)), None, "reported once");
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+fn device_moved_unanswered(backend: Backend) {
+    let device = device("e0", 1, HERE);
+    let index = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let (release, held) = mpsc::channel::<()>();
+    let stuck = engine.run_on_within(0, Duration::from_millis(1), move |_, _| {
+        let _ = held.recv_timeout(Duration::from_secs(30));
+    });
+    assert!(matches!(stuck, Err(ControlError::TimedOut)));
+    let there = tun_driver::lab::Namespace::new().unwrap();
+    let netlink = Handle::new().unwrap();
+    netlink
+        .move_to_namespace(index, std::os::fd::AsFd::as_fd(&there))
+        .unwrap();
+    assert_eq!(
+        events_until(&engine, |event| matches!(
+            event,
+            Event::Moved { .. } | Event::Gone { .. }
+        )),
+        [Event::Moved {
+            device: "e0".to_owned(),
+            watched: false
+        }]
+    );
+    drop(release);
+    // T7: not watched there, so nothing of ours keeps the namespace; the device ends with it, and the data path finds out.
+    drop(there);
+    assert!(matches!(engine.wait(), Ended::DeviceGone { .. }));
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+fn watches_attached(backend: Backend) {
+    let first = device("e0", 2, HERE);
+    let later = device("e1", 2, "10.7.0.1");
+    let settings = later.device().unwrap().clone();
+    let engine = Engine::builder()
+        .device(first)
+        .workers(2)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    for (worker, queue) in later.into_queues().into_iter().enumerate() {
+        engine.attach(worker, queue).unwrap();
+    }
+    let device = || "e1".to_owned();
+    settings.set_mtu(1300).unwrap();
+    let changed = |event: &Event| matches!(event, Event::MtuChanged { .. });
+    assert_eq!(
+        events_until(&engine, changed),
+        [Event::MtuChanged {
+            device: device(),
+            mtu: 1300
+        }]
+    );
+    Handle::new().unwrap().delete(settings.index()).unwrap();
+    assert_eq!(engine.wait(), Ended::DeviceGone { device: device() });
+    eventually("its ports are detached", || {
+        engine.stats().workers.iter().all(|worker| worker.ports.len() == 1)
+    });
+    assert_eq!(
+        engine.wait_within(Duration::from_millis(50)),
+        None,
+        "reported once, though two workers found out"
     );
     assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
 }

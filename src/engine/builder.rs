@@ -5,11 +5,12 @@ use std::net::UdpSocket;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
-use crossbeam_channel::Receiver;
+use crossbeam_channel::{Receiver, Sender};
 
 use super::control::Command;
-use super::events::{Events, Watch};
+use super::events::{Answer, Ask, Events, Watch};
 use super::handler::Handler;
 #[cfg(feature = "metrics")]
 use super::histograms::Histograms;
@@ -194,7 +195,7 @@ impl EngineBuilder {
             })?;
         let (sender, events) = Events::channel();
         let wakers = handles.iter().cloned().map(Waker::new).collect();
-        let shared = Arc::new(Shared::new(sender, self.on_panic, wakers, self.sources.len()));
+        let shared = Arc::new(Shared::new(sender, self.on_panic, wakers));
         let devices = self.devices();
         let settings = Arc::new(Settings {
             config: self.config,
@@ -283,18 +284,20 @@ impl EngineBuilder {
         match failure {
             Some(error) => Err(error),
             None => {
-                engine.watch = Watch::start(devices, shared).ok();
+                let asked = engine
+                    .links
+                    .iter()
+                    .map(|link| (link.number, link.commands.clone()))
+                    .collect();
+                engine.watch = Watch::start(devices, shared, ask_workers(asked, &engine.shared)).ok();
                 Ok(engine)
             }
         }
     }
 
-    /// The devices with their numbers, as far as their settings can be asked for.
-    fn devices(&self) -> Vec<(usize, Device)> {
-        let numbered = self.sources.iter().enumerate();
-        numbered
-            .filter_map(|(number, source)| Some((number, source.device.clone()?)))
-            .collect()
+    /// The devices, as far as their settings can be asked for.
+    fn devices(&self) -> Vec<Device> {
+        self.sources.iter().filter_map(|source| source.device.clone()).collect()
     }
 
     fn worker_count(&self, cores: usize) -> Result<usize, OpenError> {
@@ -320,6 +323,38 @@ impl EngineBuilder {
         }
         Ok(count)
     }
+}
+
+/// How the watch asks the queues of a device what became of it: by commands to the workers that have them.
+fn ask_workers<H: Handler + 'static>(workers: Vec<(usize, Sender<Command<H>>)>, shared: &Arc<Shared>) -> Ask {
+    /// For one worker that does not come back from its handler.
+    const PATIENCE: Duration = Duration::from_millis(500);
+
+    let shared = Arc::clone(shared);
+    Box::new(move |device| {
+        for (number, commands) in &workers {
+            let (reply, answer) = crossbeam_channel::bounded(1);
+            let device = device.clone();
+            let work = move |_: &mut H, worker: &mut Worker| {
+                let queue = worker
+                    .ports()
+                    .filter_map(|port| worker.queue(port))
+                    .find(|queue| Arc::ptr_eq(queue.mark(), device.mark()));
+                // The watch may have given up.
+                let _ = reply.send(queue.map(|queue| Answer::of(queue, &device)));
+            };
+            if commands.send(Command::Run(Box::new(work))).is_err() {
+                continue;
+            }
+            if let Some(waker) = shared.waker(*number) {
+                waker.wake();
+            }
+            if let Ok(Some(answer)) = answer.recv_timeout(PATIENCE) {
+                return Some(answer);
+            }
+        }
+        None
+    })
 }
 
 /// What all workers of an engine begin with.
@@ -393,12 +428,9 @@ impl Seating {
     ) -> Result<Taken<H>, OpenError> {
         let pin = pin(self.core);
         let mut worker = Worker::with_waker(&self.settings.config, self.waker)?;
-        let (mut ports, mut devices) = (Vec::new(), Vec::new());
+        let mut ports = Vec::new();
         for member in self.members {
             let id = worker.attach_as(member.endpoint, member.name)?;
-            if member.is_device {
-                devices.push((id, member.source));
-            }
             ports.push(SeatPort {
                 id,
                 source: member.source,
@@ -430,7 +462,6 @@ impl Seating {
             number: self.number,
             name: self.name,
             worker,
-            devices,
             commands,
             batch: Batch::with_capacity(self.settings.batch),
             shared: self.shared,

@@ -13,7 +13,9 @@ use crossbeam_channel::{Receiver, Sender, TrySendError};
 use super::shared::Shared;
 use crate::device::Device;
 use crate::offload::Offloads;
-use crate::sys::{fd, notices};
+use crate::queue::Queue;
+use crate::sys::fd;
+use crate::sys::notices::{self, Departure};
 
 /// Something that happened to an engine.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,10 +60,18 @@ pub enum Event {
         /// The offloads that were found, if there were more than granted.
         offloads: Option<Offloads>,
     },
-    /// A device was deleted, or moved out of reach. Its ports are detached.
+    /// A device was deleted. Its ports are detached.
     Gone {
         /// What it was called.
         device: String,
+    },
+    /// A device was moved to another network namespace, where it is down and has no addresses at first. Its ports go on.
+    Moved {
+        /// What it was called.
+        device: String,
+        /// Whether its further changes are reported, which takes CAP_NET_ADMIN and CAP_SYS_ADMIN over the other namespace, and keeps that
+        /// namespace alive until the engine stops or the device is gone. That it is deleted is reported in any case.
+        watched: bool,
     },
     /// A worker's handler panicked, or the worker could not go on. Its queues and sockets are closed.
     WorkerFailed {
@@ -114,6 +124,10 @@ impl fmt::Display for Event {
                 f.write_str("; this was set back, keep other programs from it")
             }
             Self::Gone { device } => write!(f, "{device} is gone"),
+            Self::Moved { device, watched } => {
+                let outlook = if *watched { "still watched" } else { "no longer watched" };
+                write!(f, "{device} was moved to another network namespace; {outlook}")
+            }
             Self::OffloadsRefused { device, passes } => {
                 write!(
                     f,
@@ -190,54 +204,101 @@ impl EventSender {
 /// The thread that watches the devices' settings.
 #[derive(Debug)]
 pub(super) struct Watch {
-    over: Arc<(AtomicBool, OwnedFd)>,
+    control: Arc<WatchControl>,
     thread: Option<JoinHandle<()>>,
 }
 
+/// What the engine and the watch share.
+#[derive(Debug)]
+struct WatchControl {
+    over: AtomicBool,
+    /// To be watched too.
+    joining: Mutex<Vec<Watched>>,
+    bell: OwnedFd,
+}
+
+/// Asks the queues of a device what became of it. `None` if no worker that has one answers in time.
+pub(super) type Ask = Box<dyn Fn(&Device) -> Option<Answer> + Send>;
+
+/// What a queue says of its device.
+pub(super) enum Answer {
+    /// It is not there any more.
+    Deleted,
+    /// It lives; with a handle for it where it is now, if that can be had.
+    Lives(Option<Device>),
+}
+
+impl Answer {
+    /// Asked on the worker's thread.
+    pub(super) fn of(queue: &Queue, device: &Device) -> Self {
+        match queue.current_name() {
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => Self::Deleted,
+            _ => Self::Lives(device.follow(queue).ok()),
+        }
+    }
+}
+
 /// A device under watch.
+#[derive(Debug)]
 struct Watched {
-    /// Which of the engine's devices it is.
-    number: usize,
     device: Device,
+    notices: OwnedFd,
     name: String,
     up: bool,
     mtu: u32,
-    gone: bool,
+}
+
+/// What there is to do with a device after a look at it.
+enum Look {
+    Stays,
+    /// It is not where it was.
+    Left,
 }
 
 impl Watch {
-    /// Watches these devices until it is dropped.
-    pub(super) fn start(devices: Vec<(usize, Device)>, shared: Arc<Shared>) -> io::Result<Self> {
-        let over = Arc::new((AtomicBool::new(false), fd::eventfd()?));
+    /// Watches these devices, and those added later, until it is dropped.
+    pub(super) fn start(devices: Vec<Device>, shared: Arc<Shared>, ask: Ask) -> io::Result<Self> {
+        let control = Arc::new(WatchControl {
+            over: AtomicBool::new(false),
+            joining: Mutex::default(),
+            bell: fd::eventfd()?,
+        });
         let mut watched = Vec::new();
-        let mut listening = Vec::new();
-        for (number, device) in devices {
-            // First the notices, then the state, so that no change falls in between.
-            listening.push(device.in_its_namespace(notices::of_links)??);
-            watched.push(Watched {
-                number,
-                name: device.current_name()?,
-                up: device.is_up()?,
-                mtu: device.mtu()?,
-                gone: false,
-                device,
-            });
+        for device in devices {
+            if shared.is_new_device(device.mark()) {
+                watched.push(Watched::new(device)?);
+            }
         }
-        let ending = Arc::clone(&over);
+        let with_thread = Arc::clone(&control);
         let thread = thread::Builder::new()
             .name("tun-events".to_owned())
-            .spawn(move || watch(&ending, &listening, watched, &shared))?;
+            .spawn(move || watch(&with_thread, watched, &shared, &ask))?;
         Ok(Self {
-            over,
+            control,
             thread: Some(thread),
         })
+    }
+
+    /// Watches one more device, unless it is under watch already: what changes after this call is reported.
+    pub(super) fn add(&self, device: Device, shared: &Shared) {
+        if !shared.is_new_device(device.mark()) {
+            return;
+        }
+        // One that cannot be listened to is not watched; the data path finds out when it is gone.
+        let Ok(watched) = Watched::new(device) else {
+            return;
+        };
+        let mut joining = self.control.joining.lock().unwrap_or_else(PoisonError::into_inner);
+        joining.push(watched);
+        drop(joining);
+        fd::eventfd_ring(self.control.bell.as_fd());
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.over.0.store(true, Ordering::Release);
-        fd::eventfd_ring(self.over.1.as_fd());
+        self.control.over.store(true, Ordering::Release);
+        fd::eventfd_ring(self.control.bell.as_fd());
         if let Some(thread) = self.thread.take() {
             // It cannot panic, and if it did nothing is lost.
             let _ = thread.join();
@@ -245,46 +306,57 @@ impl Drop for Watch {
     }
 }
 
-fn watch(over: &(AtomicBool, OwnedFd), listening: &[OwnedFd], mut devices: Vec<Watched>, shared: &Shared) {
-    let mut poll_set: Vec<libc::pollfd> = std::iter::once(&over.1)
-        .chain(listening)
-        .map(|fd| libc::pollfd {
+fn watch(control: &WatchControl, mut devices: Vec<Watched>, shared: &Shared, ask: &Ask) {
+    let mut poll_set: Vec<libc::pollfd> = Vec::new();
+    while !control.over.load(Ordering::Acquire) {
+        devices.append(&mut control.joining.lock().unwrap_or_else(PoisonError::into_inner));
+        devices = devices
+            .into_iter()
+            .filter_map(|mut watched| match watched.look(shared) {
+                Look::Stays => Some(watched),
+                Look::Left => watched.leave(shared, ask),
+            })
+            .collect();
+        poll_set.clear();
+        let fds = std::iter::once(&control.bell).chain(devices.iter().map(|watched| &watched.notices));
+        poll_set.extend(fds.map(|fd| libc::pollfd {
             fd: fd.as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
-        })
-        .collect();
-    while !over.0.load(Ordering::Acquire) {
-        for device in devices.iter_mut().filter(|device| !device.gone) {
-            device.look(shared);
-        }
-        if devices.iter().all(|device| device.gone) {
-            return;
-        }
+        }));
         if fd::poll(&mut poll_set, None).is_err() {
             return;
         }
-        for socket in listening {
-            notices::discard(socket.as_fd());
+        fd::eventfd_reset(control.bell.as_fd());
+        for watched in &devices {
+            notices::discard(watched.notices.as_fd());
         }
     }
 }
 
 impl Watched {
+    fn new(device: Device) -> io::Result<Self> {
+        // First the notices, then the state, so that no change falls in between.
+        let notices = device.in_its_namespace(notices::of_links)??;
+        Ok(Self {
+            name: device.current_name()?,
+            up: device.is_up()?,
+            mtu: device.mtu()?,
+            notices,
+            device,
+        })
+    }
+
     /// Compares what the kernel says now with what it said before.
-    fn look(&mut self, shared: &Shared) {
+    fn look(&mut self, shared: &Shared) -> Look {
         let ask = || io::Result::Ok((self.device.current_name()?, self.device.is_up()?, self.device.mtu()?));
         let (name, up, mtu) = match ask() {
             Ok(answers) => answers,
             Err(_) => {
-                // Settings are asked for by name: one that was just renamed seems to be gone, but its number is still known. The notice of
-                // the new name comes after this one.
+                // Its index does not change with its name, so this is no matter of a rename.
                 let error = self.device.current_name().err();
-                if error.is_some_and(|error| error.raw_os_error() == Some(libc::ENODEV)) {
-                    self.gone = true;
-                    shared.device_gone(self.number, &self.name);
-                }
-                return;
+                let left = error.is_some_and(|error| error.raw_os_error() == Some(libc::ENODEV));
+                return if left { Look::Left } else { Look::Stays };
             }
         };
         self.name = name;
@@ -308,6 +380,42 @@ impl Watched {
                 Event::Down { device }
             });
         }
+        Look::Stays
+    }
+
+    /// The device is not where it was: reports whether it was deleted or moved. Returns how it is watched where it is now, if it may be.
+    fn leave(mut self, shared: &Shared, ask: &Ask) -> Option<Self> {
+        loop {
+            let follower = match ask(&self.device) {
+                Some(Answer::Lives(follower)) => follower,
+                // No queue is left to be asked, or its worker is stuck: the kernel's notice says what it was.
+                None if self.departure() == Departure::Moved => None,
+                Some(Answer::Deleted) | None => {
+                    shared.device_gone(self.device.mark(), &self.name);
+                    return None;
+                }
+            };
+            let follower = follower.and_then(|device| Self::new(device).ok());
+            shared.device_moved(&self.name, follower.is_some());
+            let mut follower = follower?;
+            // What changed on the way is compared with what was known before.
+            (follower.up, follower.mtu) = (self.up, self.mtu);
+            match follower.look(shared) {
+                Look::Stays => return Some(follower),
+                Look::Left => self = follower,
+            }
+        }
+    }
+
+    /// The kernel takes a link out of its tables a moment before it sends the notice.
+    fn departure(&self) -> Departure {
+        for _ in 0..100 {
+            if let Ok(Some(departure)) = self.device.departed() {
+                return departure;
+            }
+            thread::sleep(Duration::from_millis(1));
+        }
+        Departure::Deleted
     }
 }
 

@@ -136,7 +136,8 @@ impl<H> Engine<H> {
         self.events.clone()
     }
 
-    /// Whether changes of the devices (up, down, MTU) are told. Not where the sandbox refuses netlink sockets; that a device is gone is told
+    /// Whether changes of the devices (up, down, MTU, moved) are reported, for those given at the start and those of queues that
+    /// [`attach`](Self::attach) brought. Not where the sandbox refuses netlink sockets; that a device is gone is told
     /// all the same.
     pub fn watches_devices(&self) -> bool {
         self.watch.is_some()
@@ -252,17 +253,25 @@ impl<H: Handler + 'static> Engine<H> {
             })
     }
 
-    /// Gives a queue or a socket to a worker. The handler is told ([`Handler::attached`]).
+    /// Gives a queue or a socket to a worker. The handler is told ([`Handler::attached`]), and the queue's device is watched from then on.
     ///
     /// # Errors
     /// As [`run_on`](Self::run_on); [`ControlError::Refused`] as [`Worker::attach`] says, and the endpoint is closed.
     pub fn attach(&self, worker: usize, endpoint: impl Into<Endpoint>) -> Result<PortId, ControlError> {
         let endpoint = endpoint.into();
-        self.run_on(worker, move |handler, worker| {
+        let device = match &endpoint {
+            Endpoint::Queue(queue) => queue.device().cloned(),
+            _ => None,
+        };
+        let port = self.run_on(worker, move |handler, worker| {
             let port = worker.attach(endpoint).map_err(ControlError::Refused)?;
             handler.attached(worker, port);
             Ok(port)
-        })?
+        })??;
+        if let (Some(watch), Some(device)) = (&self.watch, device) {
+            watch.add(device, &self.shared);
+        }
+        Ok(port)
     }
 
     /// Takes a queue or a socket away from a worker. The handler is told ([`Handler::detached`]).

@@ -2,11 +2,12 @@
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::events::{Event, EventSender};
 use super::report::{Ended, OnPanic, WorkerReport};
+use crate::queue::SharedOffloads;
 use crate::worker::Waker;
 
 #[derive(Debug)]
@@ -18,10 +19,19 @@ pub(super) struct Shared {
     looks: AtomicU64,
     /// The engine closes its devices: that they go is no news.
     ending: AtomicBool,
-    /// Per device: it is known to be gone.
-    gone: Vec<AtomicBool>,
+    /// The devices that the engine has or had queues of.
+    devices: Mutex<Vec<Known>>,
     causes: Mutex<Causes>,
     news: Condvar,
+}
+
+/// A device of the engine.
+#[derive(Debug)]
+struct Known {
+    /// See [`Device::mark`](crate::device::Device::mark). Held, so that no other device gets the same.
+    mark: Arc<SharedOffloads>,
+    /// That it is gone was reported.
+    gone: bool,
 }
 
 /// What ends a wait.
@@ -34,7 +44,7 @@ struct Causes {
 }
 
 impl Shared {
-    pub(super) fn new(events: EventSender, on_panic: OnPanic, wakers: Vec<Waker>, devices: usize) -> Self {
+    pub(super) fn new(events: EventSender, on_panic: OnPanic, wakers: Vec<Waker>) -> Self {
         let causes = Causes {
             reports: vec![None; wakers.len()],
             ..Causes::default()
@@ -45,7 +55,7 @@ impl Shared {
             wakers,
             looks: AtomicU64::new(0),
             ending: AtomicBool::new(false),
-            gone: (0..devices).map(|_| AtomicBool::new(false)).collect(),
+            devices: Mutex::new(Vec::new()),
             causes: Mutex::new(causes),
             news: Condvar::new(),
         }
@@ -77,16 +87,33 @@ impl Shared {
         self.looks.load(Ordering::Acquire)
     }
 
-    /// A device is gone: told once, whoever finds out first.
-    pub(super) fn device_gone(&self, number: usize, name: &str) {
+    /// Whether the engine meets this device for the first time.
+    pub(super) fn is_new_device(&self, mark: &Arc<SharedOffloads>) -> bool {
+        let mut devices = self.devices();
+        let is_new = devices.iter().all(|known| !Arc::ptr_eq(&known.mark, mark));
+        if is_new {
+            // Of those that only this list remembers, neither queue nor handle is left.
+            devices.retain(|known| Arc::strong_count(&known.mark) > 1);
+            devices.push(Known {
+                mark: Arc::clone(mark),
+                gone: false,
+            });
+        }
+        is_new
+    }
+
+    /// A device is gone: reported once, by the first that finds out.
+    pub(super) fn device_gone(&self, mark: &Arc<SharedOffloads>, name: &str) {
         if self.ending.load(Ordering::Acquire) {
             return;
         }
-        if self
-            .gone
-            .get(number)
-            .is_some_and(|gone| gone.swap(true, Ordering::AcqRel))
-        {
+        self.is_new_device(mark);
+        let first = self
+            .devices()
+            .iter_mut()
+            .find(|known| Arc::ptr_eq(&known.mark, mark))
+            .is_some_and(|known| !std::mem::replace(&mut known.gone, true));
+        if !first {
             return;
         }
         self.events.send(Event::Gone {
@@ -95,6 +122,16 @@ impl Shared {
         self.tell(Ended::DeviceGone {
             device: name.to_owned(),
         });
+    }
+
+    /// A device was moved to another namespace.
+    pub(super) fn device_moved(&self, name: &str, watched: bool) {
+        if !self.ending.load(Ordering::Acquire) {
+            self.events.send(Event::Moved {
+                device: name.to_owned(),
+                watched,
+            });
+        }
     }
 
     /// A worker is about to close its queues and sockets because it cannot go on.
@@ -169,6 +206,10 @@ impl Shared {
     fn tell(&self, cause: Ended) {
         self.causes().untold.push_back(cause);
         self.news.notify_all();
+    }
+
+    fn devices(&self) -> MutexGuard<'_, Vec<Known>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn causes(&self) -> MutexGuard<'_, Causes> {

@@ -24,8 +24,6 @@ pub(super) struct Thread<H> {
     pub(super) number: usize,
     pub(super) name: String,
     pub(super) worker: Worker,
-    /// The ports that stand on the engine's devices, with the device's number.
-    pub(super) devices: Vec<(PortId, usize)>,
     pub(super) commands: Receiver<Command<H>>,
     pub(super) batch: Batch,
     pub(super) shared: Arc<Shared>,
@@ -179,18 +177,16 @@ impl<H: Handler> Thread<H> {
 
     /// A port's device or sender is gone.
     fn forget(&mut self, handler: &mut H, port: PortId) {
-        let device = self.worker.queue(port).map(|queue| queue.name().to_owned());
+        let device = self
+            .worker
+            .queue(port)
+            .map(|queue| (Arc::clone(queue.mark()), queue.name().to_owned()));
         // If it cannot be detached, it stays and is silent: the end was told.
         if self.worker.detach(port).is_ok() {
             handler.detached(&mut self.worker, port);
         }
-        let number = self
-            .devices
-            .iter()
-            .find(|(id, _)| *id == port)
-            .map(|&(_, number)| number);
-        if let Some(device) = device {
-            self.shared.device_gone(number.unwrap_or(usize::MAX), &device);
+        if let Some((mark, name)) = device {
+            self.shared.device_gone(&mark, &name);
         }
     }
 
