@@ -28,7 +28,7 @@ pub mod netlink;
 #[cfg(feature = "lab")]
 pub mod lab;
 
-pub use buf::{Batch, Drain, NoRoom, PacketBuf, RemoteBuf, leaked_arenas};
+pub use buf::{Batch, Drain, LocalAddr, NoRoom, PacketBuf, RemoteBuf, leaked_arenas};
 pub use error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
 pub use stats::{Counters, ErrnoCounts, PortStats, StatsReader, WorkerCounters, WorkerStats};
 pub use worker::{

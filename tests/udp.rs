@@ -6,14 +6,16 @@ mod offer;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use offer::{on_both, receive, worker};
+use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
+use offer::{config, on_both, receive, worker};
 use tun_driver::netlink::Handle;
-use tun_driver::{Backend, Batch, PortErrorKind, PortId, Worker};
+use tun_driver::offload::{Link, VnetHdr};
+use tun_driver::{Backend, Batch, LocalAddr, OpenErrorKind, PacketBuf, PortErrorKind, PortId, Worker, WorkerConfig};
 
 fn main() {
     let mut trials = Vec::new();
@@ -31,6 +33,48 @@ fn main() {
         "an unconnected socket with IP_RECVERR loses nothing and does not spin",
         error_queue,
     );
+    on_both(
+        all,
+        "a wildcard socket answers from the address that was asked",
+        answers_from_the_asked_address,
+    );
+    on_both(
+        all,
+        "a wildcard socket answers a broadcast from an address of its host",
+        broadcast_and_group,
+    );
+    on_both(
+        all,
+        "a local address that the host lost costs one datagram",
+        lost_address,
+    );
+    on_both(
+        all,
+        "a socket bound to one address pays for no local addresses",
+        bound_socket,
+    );
+    on_both(all, "a socket with UDP_GRO on gives each datagram as one packet", gro);
+    on_both(
+        all,
+        "datagrams that were coalesced before attach are not delivered as one",
+        gro_before,
+    );
+    on_both(
+        all,
+        "UDP_GRO switched on by another holder is found and undone",
+        gro_meanwhile,
+    );
+    on_both(
+        all,
+        "a socket with UDP_SEGMENT or UDP_CORK on sends what it is given",
+        segment_and_cork,
+    );
+    on_both(
+        all,
+        "timestamps and other options of a socket do no harm",
+        other_options,
+    );
+    on_both(all, "a stream socket is refused", stream);
     common::run(trials)
 }
 
@@ -39,6 +83,7 @@ fn main() {
 /// A TUN device with 10.0.0.1/8 and fd00::1/64, and the far side of it in our hands.
 struct Far {
     queue: OwnedFd,
+    index: u32,
 }
 
 impl Far {
@@ -51,8 +96,11 @@ impl Far {
         netlink.set_up(index, true).unwrap();
         netlink.add_address(index, v4(0, 1), 8).unwrap();
         netlink.add_address(index, v6(0, 1), 64).unwrap();
-        await_address(v6(0, 1));
-        Self { queue }
+        await_address(SocketAddr::new(v6(0, 1), 0));
+        let far = Self { queue, index };
+        // What went out before the address was the host's.
+        far.drain();
+        far
     }
 
     /// The next UDP packet that the host sends, within two seconds.
@@ -76,6 +124,12 @@ impl Far {
         count
     }
 
+    /// Sends a datagram to the host.
+    fn send(&self, from: SocketAddr, to: SocketAddr, payload: &[u8]) {
+        let packet = datagram(from, to, payload);
+        assert_eq!(device::write(&self.queue, &packet).unwrap(), packet.len());
+    }
+
     /// Answers `packet` with an ICMP error. `rest` are the four bytes after the checksum.
     fn refuse(&self, packet: &[u8], kind: u8, code: u8, rest: u32) {
         let answer = icmp(packet, kind, code, rest);
@@ -84,8 +138,8 @@ impl Far {
 }
 
 /// Waits until the host answers to an IPv6 address: it becomes usable a little after it was added.
-fn await_address(address: IpAddr) {
-    let socket = loop_until(|| UdpSocket::bind((address, 0)).ok());
+fn await_address(address: SocketAddr) {
+    let socket = loop_until(|| UdpSocket::bind(address).ok());
     socket.set_nonblocking(true).unwrap();
     loop_until(|| {
         socket.send_to(&[1], socket.local_addr().unwrap()).ok()?;
@@ -119,6 +173,39 @@ fn is_udp(packet: &[u8]) -> bool {
         4 => packet[9] == 17 && packet[6] & 0x1f == 0 && packet[7] == 0,
         _ => packet[6] == 17 || packet[6] == 44 && packet[40] == 17 && packet[42] == 0 && packet[43] & 0xf8 == 0,
     }
+}
+
+fn datagram(from: SocketAddr, to: SocketAddr, payload: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::new();
+    match (from, to) {
+        (SocketAddr::V4(from), SocketAddr::V4(to)) => PacketBuilder::ipv4(from.ip().octets(), to.ip().octets(), 64)
+            .udp(from.port(), to.port())
+            .write(&mut packet, payload),
+        (SocketAddr::V6(from), SocketAddr::V6(to)) => PacketBuilder::ipv6(from.ip().octets(), to.ip().octets(), 64)
+            .udp(from.port(), to.port())
+            .write(&mut packet, payload),
+        _ => panic!("two families"),
+    }
+    .unwrap();
+    packet
+}
+
+/// Where a packet comes from, where it goes, and its payload.
+fn parse(packet: &[u8]) -> (SocketAddr, SocketAddr, Vec<u8>) {
+    let sliced = SlicedPacket::from_ip(packet).unwrap();
+    let (from, to): (IpAddr, IpAddr) = match sliced.net.unwrap() {
+        NetSlice::Ipv4(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        NetSlice::Ipv6(ip) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+        NetSlice::Arp(_) => panic!("no datagram"),
+    };
+    let Some(TransportSlice::Udp(udp)) = sliced.transport else {
+        panic!("no datagram")
+    };
+    (
+        SocketAddr::new(from, udp.source_port()),
+        SocketAddr::new(to, udp.destination_port()),
+        udp.payload().to_vec(),
+    )
 }
 
 /// An ICMP error about `packet`, from where that was to go.
@@ -165,6 +252,14 @@ fn set_option(socket: &UdpSocket, level: i32, option: i32, value: i32) -> io::Re
     } else {
         Err(io::Error::last_os_error())
     }
+}
+
+fn get_option(socket: &UdpSocket, level: i32, option: i32) -> i32 {
+    let (mut value, mut len) = (0i32, 4);
+    // SAFETY: these options write one int, which outlives the call.
+    let result = unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, (&raw mut value).cast(), &raw mut len) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+    value
 }
 
 /// A moment at which nothing is under way any more.
@@ -442,4 +537,418 @@ fn error_queue(backend: Backend) {
         }
     }
     assert!(reported(&worker, port)[&libc::EHOSTUNREACH] >= 3);
+}
+
+// ---- local addresses ----
+
+/// What becomes of a packet between its arrival and the answer.
+const WAYS: [&str; 8] = [
+    "itself", "remote", "foreign", "split", "handoff", "another", "segments", "cut",
+];
+
+fn answers_from_the_asked_address(backend: Backend) {
+    let far = Far::new();
+    let netlink = Handle::new().unwrap();
+    netlink.add_address(far.index, v4(0, 2), 8).unwrap();
+    netlink.add_address(far.index, v6(0, 2), 64).unwrap();
+    await_address(SocketAddr::new(v6(0, 2), 0));
+    let link_local = |low| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, low);
+    for low in [7, 8] {
+        netlink.add_address(far.index, link_local(low).into(), 64).unwrap();
+        await_address(SocketAddrV6::new(link_local(low), 0, 0, far.index).into());
+    }
+    let config = WorkerConfig {
+        large_buffers: 16,
+        ..config(backend)
+    };
+    let (mut worker, other) = (Worker::new(&config).unwrap(), Worker::new(&config).unwrap());
+    for (bound, addresses, peer) in [
+        ("0.0.0.0:0", [v4(0, 1), v4(0, 2)], v4(9, 9)),
+        ("[::]:0", [v4(0, 1), v4(0, 2)], v4(9, 9)),
+        ("[::]:0", [v6(0, 1), v6(0, 2)], v6(9, 9)),
+        (
+            "[::]:0",
+            [link_local(7).into(), link_local(8).into()],
+            link_local(99).into(),
+        ),
+    ] {
+        let socket = UdpSocket::bind(bound).unwrap();
+        let own = socket.local_addr().unwrap().port();
+        let port = worker.attach(socket).unwrap();
+        for (number, way) in WAYS.into_iter().cycle().take(2 * WAYS.len()).enumerate() {
+            let asked = addresses[number / WAYS.len()];
+            let what = format!("{bound} {asked} {way}");
+            far.drain();
+            let (header, payload) = tcp_superpacket(900, 300);
+            far.send(SocketAddr::new(peer, 7), SocketAddr::new(asked, own), &payload);
+            let mut batch = Batch::with_capacity(8);
+            receive(&mut worker, port, &mut batch, 1).unwrap();
+            let local = batch[0].local().unwrap();
+            assert_eq!(local.ip.to_canonical(), asked, "{what}");
+            assert_eq!(
+                local.interface,
+                if asked == v6(0, 1) || asked == v6(0, 2) || asked.is_ipv4() {
+                    0
+                } else {
+                    far.index
+                }
+            );
+            let packet = batch.pop().unwrap();
+            let answers = answer(&mut worker, &other, way, packet, header, &mut batch);
+            let sent = worker.send_many(port, &mut batch);
+            assert_eq!((sent.refused, sent.stopped), (0, None), "{what}: {sent:?}");
+            for _ in 0..answers {
+                let (from, to, _) = parse(&far.next());
+                assert_eq!(
+                    (from, to),
+                    (SocketAddr::new(asked, own), SocketAddr::new(peer, 7)),
+                    "{what}"
+                );
+            }
+            assert_eq!(far.drain(), 0, "{what}");
+        }
+        worker.detach(port).unwrap();
+    }
+}
+
+/// Puts the answers to a packet into the batch. Returns how many datagrams that makes.
+fn answer(
+    worker: &mut Worker,
+    other: &Worker,
+    way: &str,
+    mut packet: PacketBuf,
+    header: VnetHdr,
+    batch: &mut Batch,
+) -> usize {
+    let meta = header.check(&packet, Link::None).unwrap();
+    match way {
+        "remote" => packet = worker.import(packet.into_remote()).unwrap(),
+        "foreign" => {
+            let copy = other.import(packet.into_remote()).unwrap();
+            packet = worker.import(copy.into_remote()).unwrap();
+        }
+        "split" => {
+            batch.push(packet.split_to(10)).unwrap();
+            batch.push(packet).unwrap();
+            return 2;
+        }
+        "handoff" => {
+            let (port, mut handoff) = worker.open_handoff(8).unwrap();
+            batch.push(packet).unwrap();
+            assert_eq!(handoff.send_many(batch).accepted, 1);
+            receive(worker, port, batch, 1).unwrap();
+            worker.detach(port).unwrap();
+            return 1;
+        }
+        "another" => {
+            let mut fresh = worker.packet_from(b"an answer").unwrap();
+            fresh.set_peer(packet.peer());
+            fresh.set_local(packet.local());
+            packet = fresh;
+        }
+        "segments" => {
+            packet.set_meta(meta).unwrap();
+            return packet.split_into(batch).unwrap();
+        }
+        "cut" => {
+            packet.set_meta(meta).unwrap();
+            batch.push(packet).unwrap();
+            return 3;
+        }
+        _ => {}
+    }
+    batch.push(packet).unwrap();
+    1
+}
+
+/// A superpacket of TCP with so many bytes of payload.
+fn tcp_superpacket(payload: usize, size: u16) -> (VnetHdr, Vec<u8>) {
+    let mut packet = Vec::new();
+    PacketBuilder::ipv4([10, 1, 0, 1], [10, 1, 0, 2], 64)
+        .tcp(1, 2, 3, 100)
+        .ack(4)
+        .write(&mut packet, &vec![5; payload])
+        .unwrap();
+    let seed = tun_driver::offload::checksum::pseudo_header(&packet[12..16], &packet[16..20], 6, payload as u32 + 20);
+    packet[36..38].copy_from_slice(&seed.seed());
+    let mut header = [1, 1, 0, 0, 0, 0, 0, 0, 0, 0];
+    header[2..4].copy_from_slice(&40u16.to_ne_bytes());
+    header[4..6].copy_from_slice(&size.to_ne_bytes());
+    header[6..8].copy_from_slice(&20u16.to_ne_bytes());
+    header[8..10].copy_from_slice(&16u16.to_ne_bytes());
+    (VnetHdr::from_bytes(header), packet)
+}
+
+fn broadcast_and_group(backend: Backend) {
+    let far = Far::new();
+    let mut worker = worker(backend);
+    for bound in ["0.0.0.0:0", "[::]:0"] {
+        let socket = UdpSocket::bind(bound).unwrap();
+        set_option(&socket, libc::SOL_SOCKET, libc::SO_BROADCAST, 1).unwrap();
+        if bound.starts_with('[') {
+            socket
+                .join_multicast_v6(&Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0x77), far.index)
+                .unwrap();
+        } else {
+            socket
+                .join_multicast_v4(&Ipv4Addr::new(239, 1, 1, 1), &Ipv4Addr::new(10, 0, 0, 1))
+                .unwrap();
+        }
+        let own = socket.local_addr().unwrap().port();
+        let port = worker.attach(socket).unwrap();
+        let mut asked: Vec<(IpAddr, IpAddr)> = vec![(v4(9, 9), Ipv4Addr::new(10, 255, 255, 255).into())];
+        if bound.starts_with('[') {
+            asked.push((v6(9, 9), Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 0x77).into()));
+        } else {
+            asked.push((v4(9, 9), Ipv4Addr::new(239, 1, 1, 1).into()));
+        }
+        for (peer, group) in asked {
+            far.drain();
+            far.send(SocketAddr::new(peer, 7), SocketAddr::new(group, own), b"all of you");
+            let mut batch = Batch::with_capacity(8);
+            receive(&mut worker, port, &mut batch, 1).unwrap();
+            let local = batch[0].local().map(|local| local.ip.to_canonical());
+            assert_eq!(local, group.is_ipv4().then_some(v4(0, 1)), "{group}");
+            assert_eq!(worker.send_many(port, &mut batch).accepted, 1, "{group}");
+            let (from, to, _) = parse(&far.next());
+            assert_eq!(to, SocketAddr::new(peer, 7));
+            assert!(!from.ip().is_multicast() && from.port() == own, "{group}: from {from}");
+        }
+        worker.detach(port).unwrap();
+    }
+}
+
+fn lost_address(backend: Backend) {
+    let far = Far::new();
+    let netlink = Handle::new().unwrap();
+    netlink.add_address(far.index, v4(0, 2), 8).unwrap();
+    let mut worker = worker(backend);
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let own = socket.local_addr().unwrap().port();
+    let port = worker.attach(socket).unwrap();
+    let mut batch = Batch::with_capacity(8);
+    for low in [1, 2, 1] {
+        far.send(SocketAddr::new(v4(9, 9), 7), SocketAddr::new(v4(0, low), own), &[low]);
+    }
+    receive(&mut worker, port, &mut batch, 3).unwrap();
+    netlink.del_address(far.index, v4(0, 2), 8).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (2, 1, None), "{sent:?}");
+    let errno = sent.refusal.unwrap().raw_os_error();
+    assert!(matches!(errno, libc::EINVAL | libc::ENETUNREACH), "{errno}");
+    // Another peer is another conversation: the kernel chooses.
+    far.send(SocketAddr::new(v4(9, 9), 7), SocketAddr::new(v4(0, 1), own), b"x");
+    receive(&mut worker, port, &mut batch, 1).unwrap();
+    batch[0].set_local(Some(LocalAddr::from(v4(0, 2))));
+    batch[0].set_peer(Some(SocketAddr::new(v4(8, 8), 7)));
+    assert_eq!(batch[0].local(), None);
+    assert_eq!(worker.send_many(port, &mut batch).accepted, 1);
+}
+
+fn bound_socket(backend: Backend) {
+    let far = Far::new();
+    let mut worker = worker(backend);
+    let (bound, connected) = (
+        UdpSocket::bind("10.0.0.1:0").unwrap(),
+        UdpSocket::bind("0.0.0.0:0").unwrap(),
+    );
+    connected.connect((v4(9, 9), 7)).unwrap();
+    for socket in [bound, connected] {
+        let own = socket.local_addr().unwrap();
+        let port = worker.attach(socket).unwrap();
+        let socket = worker.udp(port).unwrap();
+        assert_eq!(get_option(socket, libc::IPPROTO_IP, libc::IP_PKTINFO), 0);
+        far.drain();
+        far.send(SocketAddr::new(v4(9, 9), 7), own, b"x");
+        let mut batch = Batch::with_capacity(8);
+        receive(&mut worker, port, &mut batch, 1).unwrap();
+        assert_eq!(batch[0].local(), None);
+        // It sends from where it is bound, whatever is said.
+        batch[0].set_local(Some(LocalAddr::from(v4(7, 7))));
+        assert_eq!(worker.send_many(port, &mut batch).accepted, 1);
+        assert_eq!(parse(&far.next()).0, own);
+    }
+}
+
+// ---- options that others set ----
+
+const SOL_UDP: i32 = 17;
+const UDP_CORK: i32 = 1;
+const UDP_SEGMENT: i32 = 103;
+const UDP_GRO: i32 = 104;
+
+/// Two sockets on loopback, connected with each other.
+fn pair() -> (UdpSocket, UdpSocket) {
+    let bind = || UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (a, b) = (bind(), bind());
+    a.connect(b.local_addr().unwrap()).unwrap();
+    b.connect(a.local_addr().unwrap()).unwrap();
+    b.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    (a, b)
+}
+
+/// Sends `count` datagrams of 500 bytes as one superpacket.
+fn send_group(socket: &UdpSocket, count: u8) {
+    set_option(socket, SOL_UDP, UDP_SEGMENT, 500).unwrap();
+    let bytes: Vec<u8> = (0..count).flat_map(|number| [number; 500]).collect();
+    assert_eq!(socket.send(&bytes).unwrap(), bytes.len());
+}
+
+fn need_gro(socket: &UdpSocket) {
+    if let Err(error) = set_option(socket, SOL_UDP, UDP_GRO, 1) {
+        common::skip(format!("this kernel has no UDP_GRO: {error}"));
+    }
+}
+
+fn gro(backend: Backend) {
+    let (ours, theirs) = pair();
+    need_gro(&ours);
+    let mut worker = worker(backend);
+    let port = worker.attach(ours).unwrap();
+    for count in [2, 10] {
+        send_group(&theirs, count);
+        let mut batch = Batch::with_capacity(64);
+        receive(&mut worker, port, &mut batch, usize::from(count)).unwrap();
+        let got: Vec<_> = batch.iter().map(|packet| (packet.len(), packet[0])).collect();
+        assert_eq!(got, (0..count).map(|number| (500, number)).collect::<Vec<_>>());
+    }
+    let detached = worker.detach(port).unwrap();
+    assert_eq!(detached.counters.truncated, 0);
+    assert_eq!(
+        get_option(&detached.endpoint.into_udp().unwrap(), SOL_UDP, UDP_GRO),
+        1,
+        "as it was"
+    );
+}
+
+fn gro_before(backend: Backend) {
+    let (ours, theirs) = pair();
+    need_gro(&ours);
+    send_group(&theirs, 2);
+    let mut worker = worker(backend);
+    let port = worker.attach(ours).unwrap();
+    let mut batch = Batch::with_capacity(64);
+    let error = worker.try_recv_many(port, &mut batch).unwrap_err();
+    assert_eq!(error.kind(), PortErrorKind::Truncated);
+    assert_eq!(worker.counters(port).unwrap().truncated, 1);
+    send_group(&theirs, 2);
+    receive(&mut worker, port, &mut batch, 2).unwrap();
+    assert!(batch.iter().all(|packet| packet.len() == 500));
+}
+
+fn gro_meanwhile(backend: Backend) {
+    for wildcard in [false, true] {
+        let (mut ours, theirs) = pair();
+        if wildcard {
+            ours = UdpSocket::bind("0.0.0.0:0").unwrap();
+            theirs
+                .connect(("127.0.0.1", ours.local_addr().unwrap().port()))
+                .unwrap();
+        }
+        let holder = ours.try_clone().unwrap();
+        let mut worker = worker(backend);
+        let port = worker.attach(ours).unwrap();
+        need_gro(&holder);
+        send_group(&theirs, 3);
+        let mut batch = Batch::with_capacity(64);
+        assert!(
+            !worker
+                .wait(Some(Instant::now() + Duration::from_secs(5)))
+                .unwrap()
+                .timer
+        );
+        let error = worker.try_recv_many(port, &mut batch).unwrap_err();
+        assert_eq!((error.kind(), batch.len()), (PortErrorKind::Truncated, 0));
+        send_group(&theirs, 3);
+        receive(&mut worker, port, &mut batch, 3).unwrap();
+        assert!(batch.iter().all(|packet| packet.len() == 500));
+        assert_eq!(get_option(&holder, SOL_UDP, UDP_GRO), 0);
+    }
+}
+
+fn segment_and_cork(backend: Backend) {
+    for option in [UDP_SEGMENT, UDP_CORK] {
+        let (ours, theirs) = pair();
+        if let Err(error) = set_option(&ours, SOL_UDP, option, 400) {
+            common::skip(format!("this kernel has no UDP_SEGMENT: {error}"));
+        }
+        let before = get_option(&ours, SOL_UDP, option);
+        let mut worker = worker(backend);
+        let port = worker.attach(ours).unwrap();
+        assert_eq!(
+            worker
+                .send_many(port, &mut datagrams(&worker, &[1000, 10, 500]))
+                .accepted,
+            3
+        );
+        for len in [1000, 10, 500] {
+            assert_eq!(theirs.recv(&mut [0; 2000]).unwrap(), len, "option {option}");
+        }
+        let socket = worker.detach(port).unwrap().endpoint.into_udp().unwrap();
+        assert_eq!(get_option(&socket, SOL_UDP, option), before, "as it was");
+    }
+}
+
+fn other_options(backend: Backend) {
+    const SO_TIMESTAMPING_NEW: i32 = 65;
+    let far = Far::new();
+    let mut worker = worker(backend);
+    let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+    let own = socket.local_addr().unwrap().port();
+    let sockets = [
+        (libc::SO_RXQ_OVFL, 1),
+        (libc::SO_TIMESTAMPNS, 1),
+        (libc::SO_PEEK_OFF, 3),
+        (libc::SO_NO_CHECK, 1),
+        // Of what is sent and received, in software: the error queue fills with what was sent.
+        (SO_TIMESTAMPING_NEW, (1 << 1) | (1 << 3) | (1 << 4)),
+    ];
+    for (option, value) in sockets {
+        set_option(&socket, libc::SOL_SOCKET, option, value).unwrap();
+    }
+    for option in [
+        libc::IP_RECVTTL,
+        libc::IP_RECVTOS,
+        libc::IP_RECVOPTS,
+        libc::IP_RECVORIGDSTADDR,
+        libc::IP_RECVERR,
+    ] {
+        set_option(&socket, libc::IPPROTO_IP, option, 1).unwrap();
+    }
+    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    let port = worker.attach(socket).unwrap();
+    let mut batch = Batch::with_capacity(64);
+    for round in 0..10 {
+        for number in 0..3 {
+            far.send(
+                SocketAddr::new(v4(9, 9), 7),
+                SocketAddr::new(v4(0, 1), own),
+                &[number, round],
+            );
+        }
+        receive(&mut worker, port, &mut batch, 3).unwrap();
+        for (number, packet) in batch.iter().enumerate() {
+            assert_eq!(packet[..], [number as u8, round]);
+            assert_eq!(packet.local(), Some(LocalAddr::from(v4(0, 1))));
+        }
+        assert_eq!(worker.send_many(port, &mut batch).accepted, 3);
+        for _ in 0..3 {
+            let (from, _, payload) = parse(&far.next());
+            assert_eq!((from, payload[1]), (SocketAddr::new(v4(0, 1), own), round));
+        }
+        assert_eq!(far.drain(), 0);
+    }
+    let mut wakes = 0;
+    while !worker.wait(soon()).unwrap().timer {
+        assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
+        wakes += 1;
+        assert!(wakes < 20, "the worker spins");
+    }
+}
+
+fn stream(backend: Backend) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let socket = UdpSocket::from(OwnedFd::from(listener));
+    let error = worker(backend).attach(socket).unwrap_err();
+    assert_eq!(error.kind(), OpenErrorKind::InvalidSetting, "{error}");
 }

@@ -13,6 +13,7 @@ mod packet;
 mod remote;
 mod shape;
 
+pub use crate::sys::ancillary::LocalAddr;
 pub use arena::leaked_arenas;
 pub(crate) use arena::{
     Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, LINK_HEADER, MOST_ACCOUNTS, SizeClass, leak_memory,

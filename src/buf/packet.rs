@@ -12,6 +12,7 @@ use super::remote::RemoteBuf;
 use super::shape::Shape;
 use crate::offload::vnet::finish;
 use crate::offload::{Gso, Meta, Plan, Segments, VnetFault, VnetHdr};
+use crate::sys::ancillary::LocalAddr;
 
 /// One packet: a range of a slot of its worker's arena.
 ///
@@ -42,6 +43,7 @@ pub struct PacketBuf {
     start: u32,
     len: u32,
     peer: Option<SocketAddr>,
+    local: Option<LocalAddr>,
     shape: Shape,
 }
 
@@ -69,6 +71,7 @@ impl PacketBuf {
             start,
             len,
             peer: None,
+            local: None,
             shape: Shape::Plain,
         }
     }
@@ -82,6 +85,7 @@ impl PacketBuf {
             start,
             len,
             peer,
+            local,
             shape,
         } = parts;
         Self {
@@ -92,6 +96,7 @@ impl PacketBuf {
             start,
             len,
             peer,
+            local,
             shape,
         }
     }
@@ -275,7 +280,7 @@ impl PacketBuf {
             let Some(mut segment) = self.cut(&plan, count, Account::NONE) else {
                 break;
             };
-            segment.set_peer(self.peer);
+            segment.copy_addresses(self);
             count += 1;
             let _ = batch.push(segment);
         }
@@ -498,6 +503,7 @@ impl PacketBuf {
             start: self.start,
             len: at as u32,
             peer: self.peer,
+            local: self.local,
             shape: self.shape,
         };
         self.shape = Shape::Plain;
@@ -514,9 +520,44 @@ impl PacketBuf {
     }
 
     /// Sets where a UDP port shall send the packet; `None` for the peer that the socket is connected to. A queue does not look at it.
+    ///
+    /// Another peer than before forgets the [`local`](Self::local) address, which was that of the conversation with the old one.
     #[inline]
     pub fn set_peer(&mut self, peer: Option<SocketAddr>) {
-        self.peer = peer;
+        if self.peer != peer {
+            self.peer = peer;
+            self.local = None;
+        }
+    }
+
+    /// The address of this host that the datagram was sent to, which an answer is to come from. `None` where the kernel chooses: on a
+    /// queue, on a socket that is connected or bound to one address, and for what was sent to a group.
+    ///
+    /// A packet that is sent back keeps it. An answer in another packet needs both: `set_peer`, then [`set_local`](Self::set_local).
+    #[inline]
+    pub fn local(&self) -> Option<LocalAddr> {
+        self.local
+    }
+
+    /// Sets the address that a UDP port on a wildcard socket (bound to `0.0.0.0` or `::`) sends the packet from; `None` for the one that
+    /// the kernel chooses by the route. Set it after [`set_peer`](Self::set_peer). Other ports do not look at it.
+    ///
+    /// The packet is refused (EINVAL or ENETUNREACH) where the host does not have the address.
+    #[inline]
+    pub fn set_local(&mut self, local: Option<LocalAddr>) {
+        self.local = local;
+    }
+
+    /// Sets what the kernel said of a datagram that was received.
+    #[inline]
+    pub(crate) fn set_addresses(&mut self, peer: Option<SocketAddr>, local: Option<LocalAddr>) {
+        (self.peer, self.local) = (peer, local);
+    }
+
+    /// Takes over where `other` came from and shall go to.
+    #[inline]
+    pub(crate) fn copy_addresses(&mut self, other: &PacketBuf) {
+        (self.peer, self.local) = (other.peer, other.local);
     }
 
     /// Makes a handle that any thread may hold. Dropping that gives the memory back to this worker.
@@ -530,6 +571,7 @@ impl PacketBuf {
             start,
             len,
             peer,
+            local,
             shape,
             ..
         } = *this;
@@ -545,6 +587,7 @@ impl PacketBuf {
                 start,
                 len,
                 peer,
+                local,
                 shape,
             },
         )
@@ -560,6 +603,7 @@ pub(crate) struct Parts {
     pub(crate) start: u32,
     pub(crate) len: u32,
     pub(crate) peer: Option<SocketAddr>,
+    pub(crate) local: Option<LocalAddr>,
     pub(crate) shape: Shape,
 }
 
@@ -612,6 +656,7 @@ impl fmt::Debug for PacketBuf {
             .field("headroom", &self.headroom())
             .field("tailroom", &self.tailroom())
             .field("peer", &self.peer)
+            .field("local", &self.local)
             .field("shape", &self.shape)
             .finish_non_exhaustive()
     }

@@ -10,6 +10,7 @@ use super::arena::Shared;
 use super::packet::Parts;
 use super::shape::Shape;
 use crate::offload::{Meta, VnetFault};
+use crate::sys::ancillary::LocalAddr;
 
 /// A packet that any thread may hold, read and change, made by [`PacketBuf::into_remote`](crate::PacketBuf::into_remote).
 ///
@@ -72,8 +73,23 @@ impl RemoteBuf {
     }
 
     /// Sets the peer address that it carries.
+    ///
+    /// Another peer than before forgets the local address; see [`PacketBuf::set_peer`](crate::PacketBuf::set_peer).
     pub fn set_peer(&mut self, peer: Option<SocketAddr>) {
-        self.parts.peer = peer;
+        if self.parts.peer != peer {
+            self.parts.peer = peer;
+            self.parts.local = None;
+        }
+    }
+
+    /// The address of this host that it was sent to; see [`PacketBuf::local`](crate::PacketBuf::local).
+    pub fn local(&self) -> Option<LocalAddr> {
+        self.parts.local
+    }
+
+    /// Sets the address of this host that it shall be sent from; see [`PacketBuf::set_local`](crate::PacketBuf::set_local).
+    pub fn set_local(&mut self, local: Option<LocalAddr>) {
+        self.parts.local = local;
     }
 }
 
@@ -109,6 +125,7 @@ impl fmt::Debug for RemoteBuf {
         f.debug_struct("RemoteBuf")
             .field("len", &self.len())
             .field("peer", &self.parts.peer)
+            .field("local", &self.parts.local)
             .finish_non_exhaustive()
     }
 }

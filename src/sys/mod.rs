@@ -1,6 +1,7 @@
 //! Floor 0: the kernel's ABI. The only modules that know ioctl numbers, struct layouts and raw system calls.
 #![allow(unsafe_code)]
 
+pub(crate) mod ancillary;
 #[cfg(feature = "lab")]
 pub(crate) mod bpf;
 pub(crate) mod cpu;
@@ -16,6 +17,7 @@ pub(crate) mod netns;
 pub(crate) mod notices;
 pub(crate) mod setns;
 pub(crate) mod socket;
+pub(crate) mod socket_options;
 pub(crate) mod tun;
 pub(crate) mod uring;
 pub(crate) mod virtio_net;

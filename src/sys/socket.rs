@@ -6,6 +6,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
 
+use super::ancillary::{self, Control, LocalAddr};
+#[cfg(feature = "lab")]
+use super::socket_options::{SOL_UDP, UDP_SEGMENT, set_int};
 use super::syscall;
 
 /// The arrays that the kernel wants, allocated once.
@@ -13,6 +16,8 @@ pub(crate) struct Datagrams {
     headers: Box<[libc::mmsghdr]>,
     vectors: Box<[libc::iovec]>,
     names: Box<[libc::sockaddr_storage]>,
+    /// Ancillary data: local addresses. None until a port needs them.
+    controls: Box<[Control]>,
 }
 
 /// One datagram as it was received.
@@ -20,6 +25,9 @@ pub(crate) struct Arrived {
     pub(crate) len: usize,
     pub(crate) truncated: bool,
     pub(crate) peer: Option<SocketAddr>,
+    pub(crate) local: Option<LocalAddr>,
+    /// The kernel had more to say of it than there was room for, or said that it consists of several.
+    pub(crate) doubtful: bool,
 }
 
 impl Datagrams {
@@ -37,6 +45,7 @@ impl Datagrams {
             ]
             .into(),
             names: vec![name; capacity].into(),
+            controls: Box::default(),
         }
     }
 
@@ -46,7 +55,18 @@ impl Datagrams {
 
     /// Bytes of the arrays for `capacity` datagrams.
     pub(crate) fn memory(capacity: usize) -> usize {
-        capacity * (size_of::<libc::mmsghdr>() + size_of::<libc::iovec>() + size_of::<libc::sockaddr_storage>())
+        capacity
+            * (size_of::<libc::mmsghdr>()
+                + size_of::<libc::iovec>()
+                + size_of::<libc::sockaddr_storage>()
+                + size_of::<Control>())
+    }
+
+    /// Makes room for the local addresses of datagrams.
+    pub(crate) fn expect_local_addresses(&mut self) {
+        if self.controls.is_empty() {
+            self.controls = vec![Control::default(); self.capacity()].into();
+        }
     }
 
     /// Sets where datagram `index` lies and, for sending, where it goes.
@@ -58,6 +78,8 @@ impl Datagrams {
         let header = &mut self.headers[index].msg_hdr;
         header.msg_iov = &raw mut self.vectors[index];
         header.msg_iovlen = 1;
+        header.msg_control = std::ptr::null_mut();
+        header.msg_controllen = 0;
         match peer {
             Some(peer) => {
                 header.msg_namelen = encode(peer, &mut self.names[index]);
@@ -75,6 +97,20 @@ impl Datagrams {
         let header = &mut self.headers[index].msg_hdr;
         header.msg_name = (&raw mut self.names[index]).cast();
         header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
+    }
+
+    /// Asks the kernel for the local address of datagram `index`, after [`expect_local_addresses`](Self::expect_local_addresses).
+    pub(crate) fn want_local(&mut self, index: usize) {
+        let header = &mut self.headers[index].msg_hdr;
+        header.msg_control = (&raw mut self.controls[index]).cast();
+        header.msg_controllen = size_of::<Control>() as _;
+    }
+
+    /// Sends datagram `index` from `local`, after [`expect_local_addresses`](Self::expect_local_addresses).
+    pub(crate) fn set_local(&mut self, index: usize, local: LocalAddr) {
+        let header = &mut self.headers[index].msg_hdr;
+        header.msg_controllen = self.controls[index].write(local) as _;
+        header.msg_control = (&raw mut self.controls[index]).cast();
     }
 
     /// Receives at most `count` datagrams into the memory that was set; never blocks. EAGAIN if there is none.
@@ -99,10 +135,17 @@ impl Datagrams {
     /// Datagram `index` of the last `receive`.
     pub(crate) fn arrived(&self, index: usize) -> Arrived {
         let header = &self.headers[index];
+        let (local, coalesced) = if header.msg_hdr.msg_controllen == 0 {
+            (None, false)
+        } else {
+            ancillary::read(&header.msg_hdr)
+        };
         Arrived {
             len: header.msg_len as usize,
             truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
             peer: decode(&self.names[index], header.msg_hdr.msg_namelen),
+            local,
+            doubtful: coalesced || header.msg_hdr.msg_flags & libc::MSG_CTRUNC != 0,
         }
     }
 
@@ -163,8 +206,6 @@ const MSG_PROBE: libc::c_int = 0x10;
 /// Makes the kernel cut what a UDP socket is given into datagrams of `size` bytes (UDP_SEGMENT, udp(7); 0: no more). Kernel 4.18 and later.
 #[cfg(feature = "lab")]
 pub(crate) fn set_udp_segment(fd: RawFd, size: u16) -> io::Result<()> {
-    const SOL_UDP: libc::c_int = 17; // linux/socket.h; IPPROTO_UDP
-    const UDP_SEGMENT: libc::c_int = 103; // linux/udp.h
     set_int(fd, SOL_UDP, UDP_SEGMENT, size.into())
 }
 
@@ -176,13 +217,6 @@ pub(crate) fn set_do_not_fragment(fd: RawFd, ipv4: bool) -> io::Result<()> {
     } else {
         set_int(fd, libc::IPPROTO_IPV6, libc::IPV6_MTU_DISCOVER, libc::IPV6_PMTUDISC_DO)
     }
-}
-
-#[cfg(feature = "lab")]
-fn set_int(fd: RawFd, level: libc::c_int, option: libc::c_int, value: libc::c_int) -> io::Result<()> {
-    let size = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: these options read one int, which outlives the call.
-    unsafe { syscall!(setsockopt(fd, level, option, (&raw const value).cast(), size)) }.map(drop)
 }
 
 fn encode(peer: SocketAddr, name: &mut libc::sockaddr_storage) -> libc::socklen_t {

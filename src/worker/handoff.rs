@@ -3,6 +3,7 @@
 //! The worker lends free buffers of its own to the sender through a second ring, so that a packet is copied once, by the sender, and lies in
 //! the worker's registered memory from then on. Both rings have one producer and one consumer, and neither locks nor allocates.
 
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -10,7 +11,7 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 use super::port::{Port, Sent};
 use super::waker::WakeHandle;
-use crate::buf::{Account, Arena, Batch, PacketBuf, RemoteBuf, Shape, SizeClass};
+use crate::buf::{Account, Arena, Batch, LocalAddr, PacketBuf, RemoteBuf, Shape, SizeClass};
 use crate::error::{PortError, PortErrorKind};
 
 /// The sending end of a hand-off: gives packets to a worker from any one thread. Made by [`Worker::open_handoff`](crate::Worker::open_handoff).
@@ -121,7 +122,7 @@ impl Handoff {
     /// [`PortErrorKind::Backpressure`]: no room, try again later. [`PortErrorKind::BadPacket`]: too long for the worker's buffers.
     /// [`PortErrorKind::Gone`]: the worker ended, or detached the port.
     pub fn send(&mut self, packet: &[u8]) -> Result<(), PortError> {
-        self.put(packet, None, Shape::Plain, 0)?;
+        self.put(packet, (None, None), Shape::Plain, 0)?;
         self.waker.knock();
         Ok(())
     }
@@ -150,19 +151,19 @@ impl Handoff {
     }
 
     fn put_packet(&mut self, packet: &mut PacketBuf) -> Result<(), PortError> {
-        let peer = packet.peer();
+        let addresses = (packet.peer(), packet.local());
         let Ok(plan) = packet.plan() else {
             self.counters.refused_packets += 1;
             return Err(PortError::new(PortErrorKind::BadPacket, "handoff", libc::EINVAL));
         };
         let Some(plan) = plan else {
-            return self.put(packet, peer, packet.shape(), packet.start());
+            return self.put(packet, addresses, packet.shape(), packet.start());
         };
         for index in 0..plan.count() {
             let Some(segment) = plan.segment(index, packet) else {
                 break;
             };
-            if let Err(error) = self.put(segment, peer, Shape::Plain, 0) {
+            if let Err(error) = self.put(segment, addresses, Shape::Plain, 0) {
                 // What went is with the worker. The rest may be tried again; what is too long is not going to fit.
                 packet.keep_from(&plan, index);
                 return Err(error);
@@ -174,7 +175,7 @@ impl Handoff {
     fn put(
         &mut self,
         bytes: &[u8],
-        peer: Option<std::net::SocketAddr>,
+        (peer, local): (Option<SocketAddr>, Option<LocalAddr>),
         shape: Shape,
         start: u32,
     ) -> Result<(), PortError> {
@@ -184,6 +185,7 @@ impl Handoff {
         };
         packet.refill(bytes, shape, start);
         packet.set_peer(peer);
+        packet.set_local(local);
         self.push(packet);
         Ok(())
     }
@@ -275,6 +277,7 @@ pub(super) fn receive(arena: &Rc<Arena>, port: &mut Port, batch: &mut Batch) {
                 break;
             };
             copy.set_peer(packet.peer());
+            copy.set_local(packet.local());
             let (shape, start) = packet.shape();
             copy.copy_shape(shape, start);
             drop(end.full.pop());

@@ -19,7 +19,7 @@ mod waker;
 use std::fmt;
 use std::io;
 use std::net::UdpSocket;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -44,6 +44,7 @@ use crate::queue::Changed;
 use crate::queue::Queue;
 use crate::stats::{Books, Counters, StatsReader, WorkerStats};
 use crate::sys::socket::Datagrams;
+use crate::sys::socket_options::{SocketOptions, Unfit};
 use config::{DATAGRAMS, LONGEST_PAUSE, MOST_PORTS};
 use moderation::Moderation;
 use outgoing::Outbox;
@@ -247,7 +248,16 @@ impl Worker {
     /// A socket needs no preparation: all calls on it are made without blocking. A port gets a reserve of buffers that it can always
     /// receive into ([`WorkerConfig::receive_reserve`]; less when many ports share a small arena).
     ///
+    /// # Options of a socket
+    /// The port relies on one packet for each datagram. So UDP_GRO, UDP_SEGMENT and UDP_CORK are switched off while the socket is a port;
+    /// what lay in a socket with UDP_GRO on is dropped and counted as `truncated`, since one of its datagrams may be several. On a socket
+    /// that is bound to all addresses, IP_PKTINFO and IPV6_RECVPKTINFO are switched on, so that packets carry the address that they were
+    /// sent to ([`PacketBuf::local`]). `detach` sets them all back. The error queue (IP_RECVERR, SO_TIMESTAMPING) is emptied when
+    /// something is in it. All else stays as it was set. Do not switch these options yourself meanwhile: UDP_SEGMENT would
+    /// change what is sent, unseen.
+    ///
     /// # Errors
+    /// A socket that is not one of datagrams, or whose options cannot be set.
     /// Too many ports (256); no buffer left to reserve; a queue that cannot be read (its
     /// device is gone). The endpoint is closed with the error.
     pub fn attach(&mut self, endpoint: impl Into<Endpoint>) -> Result<PortId, OpenError> {
@@ -286,6 +296,10 @@ impl Worker {
             let detail = format!("a worker has at most {MOST_PORTS} ports; use another worker");
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
+        let socket = match &endpoint {
+            Endpoint::Udp(socket) => Some(prepare(socket)?),
+            _ => None,
+        };
         if class == SizeClass::Large {
             // For the short ones among its packets; without, these stay where they were received.
             let _ = self.cx.arena.open_account(index, SizeClass::Small, reserve);
@@ -298,7 +312,16 @@ impl Worker {
         }
         let id = PortId::new(index);
         let tally = self.cx.books.open(id, name);
-        self.ports.insert(Port::new(id, endpoint, &self.cx.arena, class, tally));
+        let mut port = Port::new(id, endpoint, &self.cx.arena, class, tally);
+        port.socket = socket;
+        if let Some(socket) = &port.socket {
+            if socket.wildcard {
+                self.cx.datagrams.expect_local_addresses();
+            }
+            let dropped = socket.dropped;
+            port.coalesced(dropped);
+        }
+        self.ports.insert(port);
         if let Imp::Ring(ring) = &mut self.backend
             && let Err(error) = ring.attach(&mut self.cx, &mut self.ports, index)
         {
@@ -582,6 +605,7 @@ impl Worker {
         match self.packet_from(&packet) {
             Some(mut copy) => {
                 copy.set_peer(packet.peer());
+                copy.set_local(packet.local());
                 let (shape, start) = packet.shape();
                 copy.copy_shape(shape, start);
                 Ok(copy)
@@ -835,6 +859,21 @@ fn name_of(endpoint: &Endpoint) -> String {
         },
         Endpoint::Handoff(_) => "handoff".to_owned(),
     }
+}
+
+/// Sets on a socket what a port relies on.
+fn prepare(socket: &UdpSocket) -> Result<SocketOptions, OpenError> {
+    SocketOptions::prepare(socket.as_raw_fd()).map_err(|unfit| match unfit {
+        Unfit::Stream => OpenError::refused(
+            OpenErrorKind::InvalidSetting,
+            "getsockopt(SO_TYPE)",
+            "the socket is not one of datagrams (SOCK_DGRAM); attach a UDP socket",
+        ),
+        Unfit::Refused(call, error) => {
+            let detail = "the socket's options cannot be read or set; allow getsockname, getsockopt and setsockopt in the sandbox";
+            OpenError::new(OpenErrorKind::Other, call, &error, detail)
+        }
+    })
 }
 
 type Opened = (Imp, Arena, BackendReport);

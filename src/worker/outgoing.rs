@@ -541,7 +541,7 @@ fn cut(
         while segments.len() < most
             && let Some(mut segment) = front.cut(&plan, segments.len(), Account::NONE)
         {
-            segment.set_peer(front.peer());
+            segment.copy_addresses(front);
             let _ = segments.push(segment);
         }
         ports.at(index).cutting = true;

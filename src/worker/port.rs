@@ -17,6 +17,7 @@ use crate::offload::{GsoType, Link, Offloads, VnetHdr, vnet};
 use crate::queue::{Changed, Queue};
 use crate::stats::{Counters, PortTally};
 use crate::sys::fd;
+use crate::sys::socket_options::SocketOptions;
 
 /// Names a port of one worker. A name is never used twice in a process, so that a stale one is told from a new one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -185,6 +186,8 @@ struct HeaderPlace {
 
 pub(super) struct Port {
     pub(super) id: PortId,
+    /// What was set on a socket. Before the endpoint, which closes it: fields are dropped in this order.
+    pub(super) socket: Option<SocketOptions>,
     pub(super) endpoint: Endpoint,
     pub(super) fd: RawFd,
     pub(super) account: Account,
@@ -232,6 +235,7 @@ impl Port {
         let outgoing = OutgoingRules::new(&endpoint);
         Self {
             id,
+            socket: None,
             fd: endpoint.raw_fd(),
             account: Account::port(usize::from(id.index)),
             class,
@@ -509,6 +513,14 @@ impl Port {
         }
     }
 
+    /// Datagrams were dropped that may have been several: the socket coalesced them.
+    pub(super) fn coalesced(&mut self, dropped: u64) {
+        if dropped > 0 {
+            self.tally.truncated.add(dropped);
+            self.notice = Some(PortError::new(PortErrorKind::Truncated, "UDP_GRO", libc::EMSGSIZE));
+        }
+    }
+
     /// A receive failed.
     pub(super) fn failed(&mut self, call: &'static str, errno: i32) {
         match errno {
@@ -597,6 +609,8 @@ impl Port {
         let mut undelivered = Batch::with_capacity(self.inbox.len() + handed);
         self.hand_over(arena, &mut undelivered);
         handoff::receive(arena, &mut self, &mut undelivered);
+        // The socket gets its options back.
+        drop(self.socket);
         Detached {
             endpoint: self.endpoint,
             undelivered,

@@ -6,6 +6,7 @@ use super::burst::LONGEST;
 use super::port::{Port, Sent, Weight, judge};
 use crate::buf::{Batch, PacketBuf};
 use crate::error::SocketErrno;
+use crate::sys::socket_options::SocketOptions;
 
 /// Reports of earlier datagrams (ICMP) that one receive takes note of before it gives up.
 const REPORTS: usize = 8;
@@ -20,6 +21,7 @@ const TOO_LONG: [u64; 2] = [16, 4];
 /// Receives what is there, at most the room of the batch. Never blocks.
 pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
     let mut reports = 0;
+    let wildcard = is_wildcard(port);
     while !batch.is_full() {
         let want = batch.room().min(cx.datagrams.capacity()) as u32;
         // A stack of slots for one call; never more than LONGEST.
@@ -41,29 +43,45 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
             let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32);
             cx.datagrams.set(index, at, port.read_len as usize - 1, None);
             cx.datagrams.want_peer(index);
+            if wildcard {
+                cx.datagrams.want_local(index);
+            }
         }
         port.tally.system_calls.add(1);
         // SAFETY: each entry points into a slot that was just checked out and is in nobody else's hands.
         let result = unsafe { cx.datagrams.receive(port.fd, ready) };
         let arrived = *result.as_ref().unwrap_or(&0);
+        let mut doubtful = false;
         let (mut packets, mut bytes) = (0, 0);
+        let mut coalesced = None;
         for (index, &slot) in slots[..ready].iter().enumerate() {
             if index >= arrived {
                 cx.arena.release(slot);
                 continue;
             }
             let datagram = cx.datagrams.arrived(index);
+            if datagram.doubtful && !doubtful {
+                doubtful = true;
+                coalesced = port.socket.as_ref().and_then(SocketOptions::recheck);
+            }
+            if coalesced.is_some() {
+                // Any of them may be several.
+                port.coalesced(1);
+                cx.arena.release(slot);
+                continue;
+            }
             if datagram.truncated {
                 port.truncated();
                 cx.arena.release(slot);
                 continue;
             }
             let mut packet = PacketBuf::whole_slot(&cx.arena, slot, datagram.len as u32);
-            packet.set_peer(datagram.peer);
+            packet.set_addresses(datagram.peer, datagram.local);
             bytes += datagram.len as u64;
             packets += 1;
             let _ = batch.push(packet);
         }
+        port.coalesced(coalesced.unwrap_or(0));
         port.tally.received(packets, bytes);
         match result.map_err(|error| error.raw_os_error().unwrap_or(libc::EIO)) {
             Ok(arrived) if arrived < ready => {
@@ -94,10 +112,14 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
 /// Sends the packets, at most [`LONGEST`] of them. Never blocks.
 pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -> Sent {
     let count = batch.len().min(cx.datagrams.capacity()).min(LONGEST as usize);
+    let wildcard = is_wildcard(port);
     for (index, packet) in batch[..count].iter_mut().enumerate() {
         let (len, peer) = (packet.len(), packet.peer());
         cx.datagrams
             .set(index, std::ptr::NonNull::from(&mut packet[..]).cast(), len, peer);
+        if wildcard && let Some(local) = packet.local() {
+            cx.datagrams.set_local(index, local);
+        }
     }
     let mut results = [0i32; LONGEST as usize];
     let (mut done, mut doubt, mut too_long) = (0, Doubt::default(), TOO_LONG[0]);
@@ -154,6 +176,11 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -
     judge(port, "sendmmsg", &results[..count], |index| {
         Weight::of(batch[index].len())
     })
+}
+
+/// Whether datagrams carry local addresses.
+fn is_wildcard(port: &Port) -> bool {
+    port.socket.as_ref().is_some_and(|socket| socket.wildcard)
 }
 
 /// Whether a receive that failed with `errno` is to be made again: the errno is not about what there is to receive.
