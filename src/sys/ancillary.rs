@@ -1,4 +1,5 @@
-//! Ancillary data of datagrams, cmsg(3): the local address (IP_PKTINFO of ip(7), IPV6_PKTINFO of ipv6(7)).
+//! Ancillary data of datagrams, cmsg(3): the local address (IP_PKTINFO of ip(7), IPV6_PKTINFO of
+//! ipv6(7)).
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -17,9 +18,11 @@ use super::socket_options::{SOL_UDP, UDP_GRO};
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocalAddr {
-    /// The address. On a socket of IPv6, an IPv4 address is mapped (`::ffff:a.b.c.d`), as in the peer's address.
+    /// The address. On a socket of IPv6, an IPv4 address is mapped (`::ffff:a.b.c.d`), as in the
+    /// peer's address.
     pub ip: IpAddr,
-    /// The index of the interface that a link-local address of IPv6 belongs to; 0 for all others: the route decides.
+    /// The index of the interface that a link-local address of IPv6 belongs to; 0 for all others:
+    /// the route decides.
     pub interface: u32,
 }
 
@@ -42,7 +45,8 @@ fn is_link_local(ip: IpAddr) -> bool {
     matches!(ip, IpAddr::V6(ip) if Ipv6Addr::is_unicast_link_local(&ip))
 }
 
-/// Room for the ancillary data of one datagram: both addresses, after what else a socket may be set to give (timestamps, drops, marks).
+/// Room for the ancillary data of one datagram: both addresses, after what else a socket may be set
+/// to give (timestamps, drops, marks).
 #[derive(Clone, Copy)]
 #[repr(C, align(8))]
 pub(crate) struct Control([u8; 256]);
@@ -56,7 +60,8 @@ impl Default for Control {
 impl Control {
     /// Puts down where a datagram is to be sent from. Returns how many bytes that takes.
     ///
-    /// An IPv4 address is understood by sockets of both families (`ip_cmsg_send`), also where it is mapped.
+    /// An IPv4 address is understood by sockets of both families (`ip_cmsg_send`), also where it is
+    /// mapped.
     pub(crate) fn write(&mut self, local: LocalAddr) -> usize {
         match local.ip {
             IpAddr::V4(ip) => self.put_v4(ip),
@@ -97,8 +102,8 @@ impl Control {
         header.cmsg_level = level;
         header.cmsg_type = kind;
         let at = self.0.as_mut_ptr();
-        // SAFETY: header and value end within 256 bytes, as asserted; the start is aligned for a cmsghdr, and CMSG_DATA begins right
-        // after the header, at CMSG_LEN(0).
+        // SAFETY: header and value end within 256 bytes, as asserted; the start is aligned for a
+        // cmsghdr, and CMSG_DATA begins right after the header, at CMSG_LEN(0).
         unsafe {
             at.cast::<libc::cmsghdr>().write(header);
             at.add(libc::CMSG_LEN(0) as usize).cast::<T>().write_unaligned(value);
@@ -107,19 +112,23 @@ impl Control {
     }
 }
 
-/// The local address that a datagram was sent to, and whether the kernel coalesced several datagrams into this one (UDP_GRO).
+/// The local address that a datagram was sent to, and whether the kernel coalesced several
+/// datagrams into this one (UDP_GRO).
 pub(crate) fn read(header: &libc::msghdr) -> (Option<LocalAddr>, bool) {
     let (mut v4, mut v6, mut coalesced) = (None, None, false);
-    // SAFETY: the kernel wrote `msg_controllen` bytes of messages to `msg_control`, which belongs to the caller's `Control`.
+    // SAFETY: the kernel wrote `msg_controllen` bytes of messages to `msg_control`, which belongs
+    // to the caller's `Control`.
     let mut message = unsafe { libc::CMSG_FIRSTHDR(header) };
     while !message.is_null() {
         // SAFETY: CMSG_FIRSTHDR and CMSG_NXTHDR return whole headers within the control data.
         let (header_at, data) = unsafe { (message.read_unaligned(), libc::CMSG_DATA(message)) };
         let (level, kind) = (header_at.cmsg_level, header_at.cmsg_type);
         // The last one is cut short where the room ended (MSG_CTRUNC).
-        // SAFETY: plain arithmetic.
-        let whole =
-            |size: usize| header_at.cmsg_len as usize >= unsafe { libc::CMSG_LEN(size as libc::c_uint) } as usize;
+        let whole = |size: usize| {
+            // SAFETY: plain arithmetic.
+            let len = unsafe { libc::CMSG_LEN(size as libc::c_uint) };
+            header_at.cmsg_len as u64 >= u64::from(len)
+        };
         match (level, kind) {
             (libc::IPPROTO_IP, libc::IP_PKTINFO) if whole(size_of::<libc::in_pktinfo>()) => {
                 // SAFETY: the kernel wrote a whole in_pktinfo, as its length says.
@@ -140,7 +149,8 @@ pub(crate) fn read(header: &libc::msghdr) -> (Option<LocalAddr>, bool) {
     }
     let local = match (v4, v6) {
         (Some(ip), None) => LocalAddr::received(ip.into(), 0),
-        // A socket of IPv6 says both of a datagram over IPv4; only the first is surely an address of this host.
+        // A socket of IPv6 says both of a datagram over IPv4; only the first is surely an address
+        // of this host.
         (Some(ip), Some(_)) if !ip.is_unspecified() => LocalAddr::received(ip.to_ipv6_mapped().into(), 0),
         (_, Some((ip, interface))) if ip.to_ipv4_mapped().is_none() => LocalAddr::received(ip.into(), interface),
         _ => None,
