@@ -1,4 +1,5 @@
-//! UDP ports against a network that answers: ICMP errors, options that others set on a socket, and wildcard sockets with several addresses.
+//! UDP ports against a network that answers: ICMP errors, options that others set on a socket, and
+//! wildcard sockets with several addresses.
 
 mod common;
 mod device;
@@ -407,7 +408,8 @@ fn icmp_cases(
             socket.connect(peer).unwrap();
             let port = worker.attach(socket).unwrap();
             let is_too_big = (kind, code) == too_big;
-            // Over IPv6, interface and omit do not believe what was reported (`ip6_sk_accept_pmtu`).
+            // Over IPv6, interface and omit do not believe what was reported
+            // (`ip6_sk_accept_pmtu`).
             let deaf = mode == DONT || (mode >= INTERFACE && level == libc::IPPROTO_IPV6);
             let errno = if is_too_big && deaf { 0 } else { errno };
             let mut expected = 0;
@@ -484,7 +486,8 @@ fn icmp_for_every_datagram(backend: Backend) {
                 while !done.load(Ordering::Relaxed) {
                     device::write(&far.queue, &answer).unwrap();
                     if code == 4 {
-                        // Sixteen of these in a row without a pause are taken for the datagram's own.
+                        // Sixteen of these in a row without a pause are taken for the datagram's
+                        // own.
                         std::thread::sleep(Duration::from_micros(200));
                     }
                 }

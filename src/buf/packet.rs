@@ -521,7 +521,8 @@ impl PacketBuf {
 
     /// Sets where a UDP port shall send the packet; `None` for the peer that the socket is connected to. A queue does not look at it.
     ///
-    /// Another peer than before forgets the [`local`](Self::local) address, which was that of the conversation with the old one.
+    /// Another peer than before forgets the [`local`](Self::local) address, which was that of the
+    /// conversation with the old one.
     #[inline]
     pub fn set_peer(&mut self, peer: Option<SocketAddr>) {
         if self.peer != peer {
@@ -530,17 +531,20 @@ impl PacketBuf {
         }
     }
 
-    /// The address of this host that the datagram was sent to, which an answer is to come from. `None` where the kernel chooses: on a
-    /// queue, on a socket that is connected or bound to one address, and for what was sent to a group.
+    /// The address of this host that the datagram was sent to, which an answer is to come from.
+    /// `None` where the kernel chooses: on a queue, on a socket that is connected or bound to one
+    /// address, and for what was sent to a group.
     ///
-    /// A packet that is sent back keeps it. An answer in another packet needs both: `set_peer`, then [`set_local`](Self::set_local).
+    /// A packet that is sent back keeps it. An answer in another packet needs both: `set_peer`,
+    /// then [`set_local`](Self::set_local).
     #[inline]
     pub fn local(&self) -> Option<LocalAddr> {
         self.local
     }
 
-    /// Sets the address that a UDP port on a wildcard socket (bound to `0.0.0.0` or `::`) sends the packet from; `None` for the one that
-    /// the kernel chooses by the route. Set it after [`set_peer`](Self::set_peer). Other ports do not look at it.
+    /// Sets the address that a UDP port on a wildcard socket (bound to `0.0.0.0` or `::`) sends the
+    /// packet from; `None` for the one that the kernel chooses by the route. Set it after
+    /// [`set_peer`](Self::set_peer). Other ports do not look at it.
     ///
     /// The packet is refused (EINVAL or ENETUNREACH) where the host does not have the address.
     #[inline]

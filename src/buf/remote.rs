@@ -74,7 +74,8 @@ impl RemoteBuf {
 
     /// Sets the peer address that it carries.
     ///
-    /// Another peer than before forgets the local address; see [`PacketBuf::set_peer`](crate::PacketBuf::set_peer).
+    /// Another peer than before forgets the local address; see
+    /// [`PacketBuf::set_peer`](crate::PacketBuf::set_peer).
     pub fn set_peer(&mut self, peer: Option<SocketAddr>) {
         if self.parts.peer != peer {
             self.parts.peer = peer;
@@ -82,12 +83,14 @@ impl RemoteBuf {
         }
     }
 
-    /// The address of this host that it was sent to; see [`PacketBuf::local`](crate::PacketBuf::local).
+    /// The address of this host that it was sent to; see
+    /// [`PacketBuf::local`](crate::PacketBuf::local).
     pub fn local(&self) -> Option<LocalAddr> {
         self.parts.local
     }
 
-    /// Sets the address of this host that it shall be sent from; see [`PacketBuf::set_local`](crate::PacketBuf::set_local).
+    /// Sets the address of this host that it shall be sent from; see
+    /// [`PacketBuf::set_local`](crate::PacketBuf::set_local).
     pub fn set_local(&mut self, local: Option<LocalAddr>) {
         self.parts.local = local;
     }

@@ -26,7 +26,8 @@ pub(crate) struct Arrived {
     pub(crate) truncated: bool,
     pub(crate) peer: Option<SocketAddr>,
     pub(crate) local: Option<LocalAddr>,
-    /// The kernel had more to say of it than there was room for, or said that it consists of several.
+    /// The kernel had more to say of it than there was room for, or said that it consists of
+    /// several.
     pub(crate) doubtful: bool,
 }
 
@@ -99,14 +100,16 @@ impl Datagrams {
         header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
     }
 
-    /// Asks the kernel for the local address of datagram `index`, after [`expect_local_addresses`](Self::expect_local_addresses).
+    /// Asks the kernel for the local address of datagram `index`, after
+    /// [`expect_local_addresses`](Self::expect_local_addresses).
     pub(crate) fn want_local(&mut self, index: usize) {
         let header = &mut self.headers[index].msg_hdr;
         header.msg_control = (&raw mut self.controls[index]).cast();
         header.msg_controllen = size_of::<Control>() as _;
     }
 
-    /// Sends datagram `index` from `local`, after [`expect_local_addresses`](Self::expect_local_addresses).
+    /// Sends datagram `index` from `local`, after
+    /// [`expect_local_addresses`](Self::expect_local_addresses).
     pub(crate) fn set_local(&mut self, index: usize, local: LocalAddr) {
         let header = &mut self.headers[index].msg_hdr;
         header.msg_controllen = self.controls[index].write(local) as _;

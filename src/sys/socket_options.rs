@@ -36,8 +36,9 @@ pub(crate) struct SocketOptions {
 }
 
 impl SocketOptions {
-    /// Makes a socket fit for a port: each datagram is one packet and each packet one datagram, and if it is bound to all addresses, each
-    /// comes with the one that it was sent to. The descriptor stays open as long as the result lives.
+    /// Makes a socket fit for a port: each datagram is one packet and each packet one datagram, and
+    /// if it is bound to all addresses, each comes with the one that it was sent to. The descriptor
+    /// stays open as long as the result lives.
     pub(crate) fn prepare(fd: RawFd) -> Result<Self, Unfit> {
         let kind = get_int(fd, libc::SOL_SOCKET, libc::SO_TYPE).map_err(|error| Unfit::Refused("SO_TYPE", error))?;
         if kind != libc::SOCK_DGRAM {
@@ -59,7 +60,8 @@ impl SocketOptions {
             libc::AF_INET => options.set("IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?,
             libc::AF_INET6 => {
                 options.set("IPV6_RECVPKTINFO", libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
-                // Of datagrams over IPv4, this one says the address even where they were sent to a group or by broadcast.
+                // Of datagrams over IPv4, this one says the address even where they were sent to a
+                // group or by broadcast.
                 options.set("IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?
             }
             _ => return Ok(options),
@@ -68,7 +70,8 @@ impl SocketOptions {
         Ok(options)
     }
 
-    /// Sets an option, and remembers what it was. Returns whether it was otherwise. A kernel or a family that does not know it needs none.
+    /// Sets an option, and remembers what it was. Returns whether it was otherwise. A kernel or a
+    /// family that does not know it needs none.
     fn set(
         &mut self,
         name: &'static str,
@@ -91,8 +94,9 @@ impl SocketOptions {
         Ok(true)
     }
 
-    /// Looks whether another holder of the socket has let the kernel coalesce datagrams again. If so, undoes that and empties the socket,
-    /// since each datagram in it may be several. Returns how many were dropped, or `None`.
+    /// Looks whether another holder of the socket has let the kernel coalesce datagrams again. If
+    /// so, undoes that and empties the socket, since each datagram in it may be several. Returns
+    /// how many were dropped, or `None`.
     pub(crate) fn recheck(&self) -> Option<u64> {
         if get_int(self.fd, SOL_UDP, UDP_GRO).ok()? == 0 {
             return None;

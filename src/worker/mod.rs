@@ -249,12 +249,14 @@ impl Worker {
     /// receive into ([`WorkerConfig::receive_reserve`]; less when many ports share a small arena).
     ///
     /// # Options of a socket
-    /// The port relies on one packet for each datagram. So UDP_GRO, UDP_SEGMENT and UDP_CORK are switched off while the socket is a port;
-    /// what lay in a socket with UDP_GRO on is dropped and counted as `truncated`, since one of its datagrams may be several. On a socket
-    /// that is bound to all addresses, IP_PKTINFO and IPV6_RECVPKTINFO are switched on, so that packets carry the address that they were
-    /// sent to ([`PacketBuf::local`]). `detach` sets them all back. The error queue (IP_RECVERR, SO_TIMESTAMPING) is emptied when
-    /// something is in it. All else stays as it was set. Do not switch these options yourself meanwhile: UDP_SEGMENT would
-    /// change what is sent, unseen.
+    /// The port relies on one packet for each datagram. So UDP_GRO, UDP_SEGMENT and UDP_CORK are
+    /// switched off while the socket is a port; what lay in a socket with UDP_GRO on is dropped and
+    /// counted as `truncated`, since one of its datagrams may be several. On a socket that is bound
+    /// to all addresses, IP_PKTINFO and IPV6_RECVPKTINFO are switched on, so that packets carry the
+    /// address that they were sent to ([`PacketBuf::local`]). `detach` sets them all back. The
+    /// error queue (IP_RECVERR, SO_TIMESTAMPING) is emptied when something is in it. All else stays
+    /// as it was set. Do not switch these options yourself meanwhile: UDP_SEGMENT would change what
+    /// is sent, unseen.
     ///
     /// # Errors
     /// A socket that is not one of datagrams, or whose options cannot be set.

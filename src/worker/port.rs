@@ -186,7 +186,8 @@ struct HeaderPlace {
 
 pub(super) struct Port {
     pub(super) id: PortId,
-    /// What was set on a socket. Before the endpoint, which closes it: fields are dropped in this order.
+    /// What was set on a socket. Before the endpoint, which closes it: fields are dropped in this
+    /// order.
     pub(super) socket: Option<SocketOptions>,
     pub(super) endpoint: Endpoint,
     pub(super) fd: RawFd,
