@@ -11,7 +11,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use tun_driver::lab::Namespace;
 use tun_driver::lab::measure::{Machine, Spread};
 use tun_driver::lab::packet::Ethernet;
-use tun_driver::lab::throughput::search::{Outcome, Search, Settings};
+use tun_driver::lab::throughput::search::{Bounds, Outcome, Search, Settings};
 use tun_driver::lab::throughput::{Layout, Load, Measured, Mode, Rig, Setup, Size, Source, pktgen};
 use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Wait, WorkerConfig};
@@ -183,6 +183,8 @@ pub(crate) struct Results {
     pub(crate) flows: usize,
     pub(crate) repeats: usize,
     pub(crate) trial: Duration,
+    /// Why it ended before all was measured, if it did.
+    pub(crate) incomplete: Option<String>,
     pub(crate) rows: Vec<Row>,
     pub(crate) latencies: Vec<Latency>,
     pub(crate) trials: usize,
@@ -198,15 +200,19 @@ pub(crate) struct Row {
     pub(crate) size: Size,
     /// `MRR`, `NDR`, `PDR` or `fixed`.
     pub(crate) what: &'static str,
-    /// Packets received per second, over the repeats: for a search, the lower bounds.
-    pub(crate) rate: Spread,
+    /// Packets received per second, over the repeats: for a search, the lower bounds. None if no search found one.
+    pub(crate) rate: Option<Spread>,
     /// The upper bounds of searches.
     pub(crate) upper: Option<Spread>,
+    /// Searches that found no rate.
+    pub(crate) none_found: usize,
     pub(crate) generator_bound: bool,
-    /// Whether each search came to its end.
+    /// Whether each repeat was made, and each search came to its end.
     pub(crate) complete: bool,
+    /// Whether that is because the run ended.
+    pub(crate) cut_short: bool,
     /// A trial at that rate.
-    pub(crate) measured: Measured,
+    pub(crate) measured: Option<Measured>,
 }
 
 /// Latency at one load in one manner of waiting.
@@ -216,6 +222,8 @@ pub(crate) struct Latency {
     pub(crate) wait: &'static str,
     /// Per cent of the rate that was found.
     pub(crate) share: u32,
+    /// Whether the trial lasted as long as it was to.
+    pub(crate) complete: bool,
     pub(crate) measured: Measured,
 }
 
@@ -236,11 +244,12 @@ const WAITS: [(&str, Wait); 3] = [
     ),
 ];
 
-/// How often a trial in which the generator fell behind is made again.
-const RETRIES: usize = 1;
+/// A search that took longer than so many of its long trials ends with what it has. On a quiet machine it takes eight or
+/// so; one that always loses packets by chance takes many.
+const PATIENCE: u32 = 60;
 
-/// A search that took longer than so many of its long trials ends with what it has: on a noisy machine it would not end well anyway.
-const PATIENCE: u32 = 10;
+/// The bounds of a search are this near: searches of one machine differ by more.
+const RESOLUTION: f64 = 0.01;
 
 /// Loads of the latency runs, in per cent of the rate that was found.
 const SHARES: [u32; 3] = [10, 50, 90];
@@ -284,6 +293,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
             flows: options.flows as usize,
             repeats: options.repeat as usize,
             trial: options.duration,
+            incomplete: None,
             rows: Vec::new(),
             latencies: Vec::new(),
             trials: 0,
@@ -293,11 +303,17 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         },
     };
     eprintln!("generator: {}", run.results.generator);
-    for &mode in &options.mode {
-        run.mode(mode)?;
-    }
+    let outcome = options.mode.iter().try_for_each(|&mode| run.mode(mode));
     let mut results = run.results;
     results.seconds = start.elapsed().as_secs_f64();
+    results.incomplete = match &outcome {
+        Err(Failure::Failed(why)) => Some(why.clone()),
+        _ => stop.load(Ordering::Relaxed).then(|| "interrupted".to_owned()),
+    };
+    // A run that fails at once has nothing to report, and leaves an earlier report as it is.
+    if results.trials == 0 && outcome.is_err() {
+        return outcome;
+    }
     let object = report::throughput::json(&results);
     report::throughput::write_files(&options.out, &results, &object)?;
     let mut out = io::stdout().lock();
@@ -307,7 +323,8 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         write!(out, "{}", report::throughput::text(&results))?;
         writeln!(out, "\nwritten to {}", options.out.display())?;
     }
-    if stop.load(Ordering::Relaxed) {
+    outcome?;
+    if results.incomplete.is_some() {
         return Err(Failure::Failed(
             "interrupted: the report has what was measured until then".to_owned(),
         ));
@@ -462,7 +479,7 @@ impl Run<'_> {
         let mut rig = self.rig(mode, None)?;
         let mut found = Vec::new();
         for &size in &self.options.sizes {
-            if self.stop.load(Ordering::Relaxed) {
+            if self.stopped() {
                 break;
             }
             rig.size(size);
@@ -501,7 +518,11 @@ impl Run<'_> {
             watch: false,
         };
         let through = self.repeat(rig, mode, size, "MRR", most, repeats)?;
-        let ceiling = self.results.rows.last().map_or(through, |row| row.measured.offered_pps);
+        if self.stopped() {
+            return Ok(None);
+        }
+        let offered = self.results.rows.last().and_then(|row| row.measured.as_ref());
+        let ceiling = offered.map_or(through, |measured| measured.offered_pps);
         if !mode.sends() {
             eprintln!("{mode}, {size} B: the generator offers at most {ceiling:.0} packets per second");
         }
@@ -522,90 +543,65 @@ impl Run<'_> {
         let settings = Settings {
             time: options.duration,
             short: options.duration / 4,
+            resolution: RESOLUTION,
             ..Settings::default()
         };
         let mut searches = Vec::new();
-        let mut trials: Vec<(usize, f64, Measured)> = Vec::new();
         let mut start = through;
-        for number in 0..repeats {
+        while searches.len() < repeats && !self.stopped() {
             // A little above what it offered, since that was one moment's ceiling.
-            let mut search = Search::new(&settings, &shares, ceiling * 1.05).starting_at(start);
-            let began = Instant::now();
-            while let Some(trial) = search.next() {
-                if began.elapsed() > options.duration * PATIENCE {
-                    break;
-                }
-                let load = Load {
-                    rate: Some(trial.rate),
-                    time: trial.time,
-                    count: None,
-                    watch: false,
-                };
-                let mut measured = self.trial(rig, mode, size, load)?;
-                // A pause of the generator is not its limit.
-                for _ in 0..RETRIES {
-                    if measured.kept || self.stop.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    measured = self.trial(rig, mode, size, load)?;
-                }
-                if self.stop.load(Ordering::Relaxed) {
-                    return Ok(None);
-                }
-                search.record(
-                    trial,
-                    Outcome {
-                        rate: measured.offered_pps,
-                        kept: measured.kept,
-                        loss: measured.loss(),
-                    },
-                );
-                let rate = if measured.kept {
-                    trial.rate
-                } else {
-                    measured.offered_pps
-                };
-                trials.push((number, rate, measured));
-            }
-            let bounds = search.bounds();
-            start = bounds.iter().filter_map(|bounds| bounds.lower).fold(1.0, f64::max);
-            searches.push(bounds);
+            let search = Search::new(&settings, &shares, ceiling * 1.05).starting_at(start);
+            let found = self.search(rig, mode, size, search)?;
+            // What passed is near what passes next; where nothing did, the start was as good as any.
+            let passed = found.bounds.iter().filter_map(|bounds| bounds.lower);
+            start = passed.reduce(f64::min).unwrap_or(start);
+            searches.push(found);
         }
         let mut found = None;
-        for (goal, &(share, what)) in goals.iter().enumerate() {
-            let lowers: Vec<f64> = searches
-                .iter()
-                .map(|bounds| bounds[goal].lower.unwrap_or(0.0))
-                .collect();
-            let uppers: Vec<f64> = searches.iter().map(|bounds| bounds[goal].upper).collect();
-            let (Some(lower), upper) = (Spread::of(&lowers), Spread::of(&uppers)) else {
-                continue;
-            };
-            // The trial that is shown: of the search in the middle, the last one that passed at its lower bound.
-            let mut order: Vec<usize> = (0..lowers.len()).collect();
-            order.sort_by(|&one, &other| lowers[one].total_cmp(&lowers[other]));
-            let middle = order[order.len() / 2];
-            let shown = trials.iter().rev().find(|(number, rate, measured)| {
-                *number == middle && (rate / lowers[middle] - 1.0).abs() < 1e-6 && measured.loss() <= share
-            });
-            let Some((.., measured)) = shown else {
-                eprintln!("{mode}, {size} B: nothing passed for {what}");
-                continue;
-            };
-            found = Some(lower.median);
-            self.results.rows.push(Row {
-                mode,
-                size,
-                what,
-                rate: lower,
-                upper,
-                // The median is one of these then.
-                generator_bound: 2 * searches.iter().filter(|bounds| bounds[goal].generator_bound).count() > repeats,
-                complete: searches.iter().all(|bounds| bounds[goal].complete),
-                measured: measured.clone(),
-            });
+        for (goal, &(_, what)) in goals.iter().enumerate() {
+            let mut row = found_row(mode, size, what, goal, &searches, repeats);
+            row.cut_short = self.stopped();
+            found = row.rate.map(|rate| rate.median).or(found);
+            self.results.rows.push(row);
         }
-        Ok(found.or(Some(through)))
+        Ok((!self.stopped()).then_some(found.unwrap_or(through)))
+    }
+
+    /// One search, until its end, its patience's, or an interruption.
+    fn search(&mut self, rig: &Rig, mode: Mode, size: Size, mut search: Search) -> Result<Found, Failure> {
+        let began = Instant::now();
+        let mut trials = Vec::new();
+        while let Some(trial) = search.next() {
+            if began.elapsed() > self.options.duration * PATIENCE {
+                break;
+            }
+            let load = Load {
+                rate: Some(trial.rate),
+                time: trial.time,
+                count: None,
+                watch: false,
+            };
+            let measured = self.trial(rig, mode, size, load)?;
+            // A trial that was cut short proves nothing.
+            if self.stopped() {
+                break;
+            }
+            let outcome = Outcome {
+                rate: measured.sent_pps(),
+                kept: measured.kept,
+                loss: measured.loss_of_sent(),
+            };
+            search.record(trial, outcome);
+            trials.push((if outcome.kept { trial.rate } else { outcome.rate }, measured));
+        }
+        Ok(Found {
+            bounds: search.bounds(),
+            trials,
+        })
+    }
+
+    fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
     /// The same load several times: a row. Returns what came through.
@@ -620,11 +616,18 @@ impl Run<'_> {
     ) -> Result<f64, Failure> {
         let mut all = Vec::new();
         for _ in 0..repeats {
-            all.push(self.trial(rig, mode, size, load)?);
-            if self.stop.load(Ordering::Relaxed) {
+            let measured = self.trial(rig, mode, size, load)?;
+            // One that was cut short stands for the load only where there is no other.
+            if self.stopped() && !all.is_empty() {
+                break;
+            }
+            all.push(measured);
+            if self.stopped() {
                 break;
             }
         }
+        // A count may be reached in the moment of the interruption.
+        let complete = all.len() == repeats && !self.stopped();
         let rates: Vec<f64> = all.iter().map(|one| one.received_pps).collect();
         let rate = Spread::of(&rates).ok_or_else(|| Failure::Failed("a rate is no number".to_owned()))?;
         // Who sends is the generator itself, and is what is measured.
@@ -637,11 +640,13 @@ impl Run<'_> {
             mode,
             size,
             what,
-            rate,
+            rate: Some(rate),
             upper: None,
+            none_found: 0,
             generator_bound,
-            complete: true,
-            measured,
+            complete,
+            cut_short: self.stopped(),
+            measured: Some(measured),
         });
         Ok(rate.median)
     }
@@ -655,7 +660,7 @@ impl Run<'_> {
             let mut rig = self.rig(mode, Some(wait))?;
             rig.size(size);
             for share in SHARES {
-                if self.stop.load(Ordering::Relaxed) {
+                if self.stopped() {
                     break;
                 }
                 let load = Load {
@@ -670,6 +675,7 @@ impl Run<'_> {
                     size,
                     wait: name,
                     share,
+                    complete: !self.stopped(),
                     measured,
                 });
             }
@@ -725,6 +731,49 @@ impl Run<'_> {
             )));
         }
         Ok(measured)
+    }
+}
+
+/// What came of one search.
+struct Found {
+    bounds: Vec<Bounds>,
+    /// The rate that was offered in each trial, and its books.
+    trials: Vec<(f64, Measured)>,
+}
+
+/// What several searches say of one goal. A search that found no rate is part of it.
+fn found_row(mode: Mode, size: Size, what: &'static str, goal: usize, searches: &[Found], repeats: usize) -> Row {
+    let bounds: Vec<Bounds> = searches.iter().map(|search| search.bounds[goal]).collect();
+    let lowers: Vec<f64> = bounds.iter().filter_map(|bounds| bounds.lower).collect();
+    let uppers: Vec<f64> = bounds.iter().map(|bounds| bounds.upper).collect();
+    // The trial that is shown: of the search in the middle, the last one that passed nearest to its lower bound.
+    let mut order: Vec<(f64, &Found)> = bounds
+        .iter()
+        .zip(searches)
+        .filter_map(|(bounds, search)| Some((bounds.lower?, search)))
+        .collect();
+    order.sort_by(|one, other| one.0.total_cmp(&other.0));
+    let shown = order.get(order.len() / 2).and_then(|&(lower, search)| {
+        let share = search.bounds[goal].goal;
+        let passed = search
+            .trials
+            .iter()
+            .rev()
+            .filter(|(rate, measured)| *rate >= lower * (1.0 - 1e-6) && measured.loss_of_sent() <= share);
+        passed.min_by(|one, other| one.0.total_cmp(&other.0))
+    });
+    Row {
+        mode,
+        size,
+        what,
+        rate: Spread::of(&lowers),
+        upper: Spread::of(&uppers),
+        none_found: searches.len() - lowers.len(),
+        // The median is one of these then.
+        generator_bound: 2 * bounds.iter().filter(|bounds| bounds.generator_bound).count() > searches.len(),
+        complete: searches.len() == repeats && bounds.iter().all(|bounds| bounds.complete),
+        cut_short: false,
+        measured: shown.map(|(_, measured)| measured.clone()),
     }
 }
 

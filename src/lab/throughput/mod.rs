@@ -141,6 +141,8 @@ pub struct Load {
 pub struct Measured {
     /// Packets that were due.
     pub offered: u64,
+    /// Those among them that the generator did not send, because it fell behind.
+    pub unsent: u64,
     /// Whole packets that arrived, each counted once.
     pub received: u64,
     /// Where packets were dropped, in the order of their way, by the counters of each place; only where there were any.
@@ -674,6 +676,7 @@ impl Rig {
         };
         Ok(Measured {
             offered: source.offered,
+            unsent: source.unsent,
             received: summary.received,
             unexplained: source.offered as i64 - summary.received as i64 - dropped as i64,
             drops,
@@ -847,6 +850,20 @@ impl Measured {
     /// The share of what was offered that did not arrive.
     pub fn loss(&self) -> f64 {
         self.offered.saturating_sub(self.received) as f64 / self.offered.max(1) as f64
+    }
+
+    /// Packets that were sent per second.
+    pub fn sent_pps(&self) -> f64 {
+        self.sent() as f64 / self.wall.as_secs_f64().max(1e-9)
+    }
+
+    /// The share of what was sent that did not arrive: what the generator did not send is no loss of the engine's.
+    pub fn loss_of_sent(&self) -> f64 {
+        self.sent().saturating_sub(self.received) as f64 / self.sent().max(1) as f64
+    }
+
+    fn sent(&self) -> u64 {
+        self.offered.saturating_sub(self.unsent)
     }
 
     /// Packets that came wrongly: late within their flow, twice, invented, or damaged.

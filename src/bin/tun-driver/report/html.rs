@@ -593,7 +593,8 @@ pub(super) fn drawn(table: &Table, words: usize) -> Node {
     // The last column of words stays in view when a narrow window scrolls.
     let class = |index: usize| match index {
         _ if index + 1 == words => "words key",
-        _ if index < words || table.columns[index].name == "remarks" => "words",
+        _ if index < words => "words",
+        _ if ["remarks", "dropped where"].contains(&table.columns[index].name.as_str()) => "words long",
         _ => "number",
     };
     let heads = table.columns.iter().enumerate().map(|(index, column)| {

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 use hdrhistogram::Histogram;
 use serde_json::{Value, json};
 use tun_driver::lab::measure::{Spread, quantiles_json};
-use tun_driver::lab::throughput::Measured;
+use tun_driver::lab::throughput::{Measured, Mode, Size};
 
 use super::histograms::{self, Group};
 use super::markup::{Node, node};
@@ -22,6 +22,9 @@ use crate::throughput::{Latency, Results, Row};
 /// For the terminal.
 pub(crate) fn text(results: &Results) -> String {
     let mut out = String::new();
+    if let Some(why) = incomplete(results) {
+        let _ = writeln!(out, "{why}\n");
+    }
     for (about, told) in provenance(results) {
         let _ = writeln!(out, "{about}: {told}");
     }
@@ -34,6 +37,9 @@ pub(crate) fn text(results: &Results) -> String {
 
 pub(crate) fn markdown(results: &Results) -> String {
     let mut out = String::from("# Throughput over veth\n\n");
+    if let Some(why) = incomplete(results) {
+        let _ = writeln!(out, "**{why}**\n");
+    }
     for (about, told) in provenance(results) {
         let _ = writeln!(out, "{about}: {told}  ");
     }
@@ -55,20 +61,26 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> R
     write("throughput.json", &format!("{object:#}\n"))?;
     write("throughput.md", &markdown(results))?;
     write("throughput.html", &page(results))?;
+    let mut written = Vec::new();
     for (name, title, plot) in plots(results) {
         let legend = if name.starts_with("latency") {
             waits()
         } else {
             Vec::new()
         };
-        write(&format!("{name}.svg"), &html::alone(&title, &legend, plot))?;
+        let file = format!("{name}.svg");
+        write(&file, &html::alone(&title, &legend, plot))?;
+        written.push(file);
     }
     for (group, took) in groups(results) {
         for (tag, histogram) in &group.entries {
-            write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram))?;
+            let file = format!("{}-{tag}.hgrm", group.name);
+            write(&file, &histograms::hgrm(histogram))?;
+            written.push(file);
         }
+        let file = format!("{}.hlog", group.name);
         write(
-            &format!("{}.hlog", group.name),
+            &file,
             &histograms::hlog(
                 &group,
                 results.began,
@@ -76,8 +88,39 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> R
                 "The interval is as long as the trial; the log's start is that of the run.",
             )?,
         )?;
+        written.push(file);
+    }
+    remove_earlier(folder, &written)
+}
+
+/// Removes the latencies of an earlier run: beside this report they would pass for this run's.
+fn remove_earlier(folder: &Path, written: &[String]) -> Result<(), Failure> {
+    let failed = |path: &Path, error| Failure::Failed(format!("{}: {error}", path.display()));
+    for entry in fs::read_dir(folder).map_err(|error| failed(folder, error))? {
+        let path = entry.map_err(|error| failed(folder, error))?.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        if is_ours(name) && !written.iter().any(|written| written == name) {
+            fs::remove_file(&path).map_err(|error| failed(&path, error))?;
+        }
     }
     Ok(())
+}
+
+/// Whether a file is called as those that [`write_files`] makes of latencies:
+/// `latency-MODE-SIZEB-…PERCENTpct….hgrm` and the like.
+fn is_ours(name: &str) -> bool {
+    let Some((stem, "hgrm" | "hlog" | "svg")) = name.rsplit_once('.') else {
+        return false;
+    };
+    let of_mode = |mode: Mode| {
+        let rest = stem.strip_prefix(&format!("latency-{mode}-"))?;
+        let (size, rest) = rest.split_once("B-")?;
+        size.parse::<Size>().ok()?;
+        rest.contains("pct").then_some(())
+    };
+    Mode::ALL.into_iter().any(|mode| of_mode(mode).is_some())
 }
 
 /// A group per mode, manner of waiting and load: the way as a whole (`all`), and each queue up to the engine. And how long the trial was.
@@ -106,6 +149,9 @@ fn page(results: &Results) -> String {
                 .text("The books do not balance. Do not cite these figures."),
         );
     }
+    if let Some(why) = incomplete(results) {
+        header = header.child(node("p").class("warning").text(&why));
+    }
     let lines = provenance(results).into_iter();
     let header = header
         .child(node("div").class("verdict").child(node("p").text(balance(results))))
@@ -113,7 +159,7 @@ fn page(results: &Results) -> String {
     let mut body = node("body").child(header);
     let mut plots = plots(results);
     let latency_plots = plots.split_off(1.min(plots.len()));
-    for (heading, told, plots, table, words) in [
+    for (heading, told, plots, (table, more), words) in [
         (
             "Rates",
             "As much as can be offered (MRR), and the highest rate without loss (NDR) and with half a per cent (PDR).",
@@ -140,7 +186,12 @@ fn page(results: &Results) -> String {
                 .child(legend(&if heading == "Latency" { waits() } else { Vec::new() }))
                 .child(node("div").class("plots").children(figures))
                 .child(html::drawn(&table, words))
-                .child(html::columns(&table)),
+                .child(
+                    node("details")
+                        .child(node("summary").text("More columns"))
+                        .child(html::drawn(&more, words)),
+                )
+                .child(html::columns(&both(table, more, words))),
         );
     }
     html::whole("Throughput over veth", body.child(html::footer(READING, SILENCE)))
@@ -162,7 +213,8 @@ fn waits() -> Vec<(usize, &'static str)> {
 /// All plots: a name for the file, a caption, and the plot. That of the rates comes first.
 fn plots(results: &Results) -> Vec<(String, String, Node)> {
     let mut plots = Vec::new();
-    let most = results.rows.iter().map(|row| row.rate.max / 1e3).fold(1.0, f64::max);
+    let rates = results.rows.iter().filter_map(|row| row.rate);
+    let most = rates.map(|rate| rate.max / 1e3).fold(1.0, f64::max);
     let bars = Bars {
         told: "Bars: packets per second by mode, size and goal. The table below has the figures.".to_owned(),
         axis: "thousand packets per second; higher is better".to_owned(),
@@ -201,7 +253,13 @@ fn plots(results: &Results) -> Vec<(String, String, Node)> {
 
 fn bar(row: &Row) -> Bar {
     let name = format!("{}, {} B, {}", row.mode, row.size, row.what);
-    let text = format!("{} kpps", numbers::short(row.rate.median / 1e3));
+    let text = match &row.rate {
+        Some(rate) => format!("{} kpps", numbers::short(rate.median / 1e3)),
+        None => none(row).to_owned(),
+    };
+    let (value, whisker) = row.rate.map_or((0.0, (0.0, 0.0)), |rate| {
+        (rate.median / 1e3, (rate.min / 1e3, rate.max / 1e3))
+    });
     Bar {
         hint: format!("{name}: {text}"),
         look: match row.what {
@@ -215,8 +273,17 @@ fn bar(row: &Row) -> Bar {
             name
         },
         text,
-        value: row.rate.median / 1e3,
-        whisker: (row.rate.min / 1e3, row.rate.max / 1e3),
+        value,
+        whisker,
+    }
+}
+
+/// In place of a rate that was not found.
+fn none(row: &Row) -> &'static str {
+    if row.complete {
+        "none passed"
+    } else {
+        "none found in time"
     }
 }
 
@@ -286,6 +353,7 @@ pub(crate) fn json(results: &Results) -> Value {
         "flows": results.flows,
         "repeats": results.repeats,
         "trial_s": results.trial.as_secs_f64(),
+        "incomplete": results.incomplete,
         "trials": results.trials,
         "offered_packets": results.offered,
         "unexplained_packets": results.unexplained,
@@ -300,11 +368,12 @@ fn row_json(row: &Row) -> Value {
         "mode": row.mode.to_string(),
         "frame": row.size.to_string(),
         "what": row.what,
-        "rate_pps": spread_json(&row.rate),
+        "rate_pps": row.rate.as_ref().map(spread_json),
         "upper_pps": row.upper.as_ref().map(spread_json),
+        "none_found": row.none_found,
         "generator_bound": row.generator_bound,
         "complete": row.complete,
-        "trial": measured_json(&row.measured),
+        "trial": row.measured.as_ref().map(measured_json),
     })
 }
 
@@ -314,6 +383,7 @@ fn latency_json(one: &Latency) -> Value {
         "frame": one.size.to_string(),
         "wait": one.wait,
         "load_percent": one.share,
+        "complete": one.complete,
         "trial": measured_json(&one.measured),
     })
 }
@@ -410,42 +480,68 @@ fn balance(results: &Results) -> String {
     )
 }
 
+/// What a run that ended early says of itself, in each form of the report.
+fn incomplete(results: &Results) -> Option<String> {
+    results.incomplete.as_ref().map(|why| {
+        format!("INCOMPLETE: {why}. Rows that are not whole are marked; what was to be measured after them is missing.")
+    })
+}
+
 fn tables(results: &Results) -> Vec<(&'static str, Table)> {
-    let mut tables = vec![("Rates", rates(results))];
+    let (main, more) = rates(results);
+    let mut tables = vec![("Rates", main), ("Rates: drops and CPU", more)];
     if !results.latencies.is_empty() {
-        tables.push(("Latency", latencies(results)));
+        let (main, more) = latencies(results);
+        tables.extend([("Latency", main), ("Latency: more percentiles and CPU", more)]);
     }
     tables
 }
 
-fn rates(results: &Results) -> Table {
-    let columns = [
+/// The columns of both, once each, of tables that share their first `words`.
+fn both(main: Table, more: Table, words: usize) -> Table {
+    let mut columns = main.columns;
+    columns.extend(more.columns.into_iter().skip(words));
+    Table {
+        columns,
+        rows: Vec::new(),
+    }
+}
+
+/// What a reader wants first, and the rest.
+fn rates(results: &Results) -> (Table, Table) {
+    let key = [
         ("mode", "what the engine does"),
         ("frame", "bytes with the frame check sequence"),
         (
             "rate",
             "MRR: received of as much as could be offered; NDR: the highest without loss; PDR: with 0.5 % at most",
         ),
+    ];
+    let main = [
         (
             "kpps",
             "packets received per second; lower bounds for NDR and PDR; median, least to greatest of the repeats",
         ),
         (
             "upper",
-            "the lowest rate that failed, kpps; where none did (generator-bound), the most that could be offered",
+            "the lowest rate that failed or could not be offered, kpps; where none did, the most that could be offered",
         ),
+        ("Gbit/s", "of frames with their frame check sequence (L2)"),
+        ("loss", "share of what was offered in the trial shown"),
+        ("engine CPU", "of one core: the engine's threads"),
+        ("ns/packet", "CPU time of the engine's threads per packet received"),
+        ("remarks", "what to know before citing the row"),
+    ];
+    let more = [
         (
             "offered",
             "packets offered per second in the trial shown, kpps; for MRR that is the generator's ceiling",
         ),
-        ("Gbit/s", "of frames with their frame check sequence (L2)"),
-        ("loss", "share of what was offered in the trial shown"),
         ("dropped where", "by the counters of each place"),
         (
             "unexplained",
             "offered, neither received nor dropped at a place that counts it",
         ),
-        ("engine CPU", "of one core: the engine's threads"),
         (
             "generator CPU",
             "of one core: the generator's thread, with the way of the packet up to the device's queue",
@@ -455,84 +551,121 @@ fn rates(results: &Results) -> Table {
             "softirq (approx.)",
             "of one core: sampled by the kernel, so approximate",
         ),
-        ("ns/packet", "CPU time of the engine's threads per packet received"),
         (
             "packets/enter",
             "packets that the engine moved for each time it entered the kernel, waiting included",
         ),
         ("queue spread", "(most - least) by mean of the packets of the queues"),
-        ("remarks", ""),
     ];
-    let rows = results.rows.iter().map(|row| {
-        let one = &row.measured;
-        let share = |time: Duration| percent(time.as_secs_f64() / one.wall.as_secs_f64().max(1e-9));
-        let mut remarks = Vec::new();
-        if row.generator_bound {
-            remarks.push("generator-bound");
-        }
-        if !row.complete {
-            remarks.push("search not complete");
-        }
-        if one.wrong() > 0 {
-            remarks.push("WRONG PACKETS");
-        }
-        let cells = [
-            Cell::of(row.mode),
-            Cell::of(row.size),
-            Cell::of(row.what),
-            Cell {
-                value: numbers::short(row.rate.median / 1e3),
+    let keys = |row: &Row| [Cell::of(row.mode), Cell::of(row.size), Cell::of(row.what)];
+    let main_rows = results.rows.iter().map(|row| {
+        // Without a trial, no figures of it.
+        let of = |figure: fn(&Measured) -> String| Cell::of(row.measured.as_ref().map_or(String::new(), figure));
+        let rate = match &row.rate {
+            Some(rate) => Cell {
+                value: numbers::short(rate.median / 1e3),
                 range: Some(format!(
                     "{}–{}",
-                    numbers::short(row.rate.min / 1e3),
-                    numbers::short(row.rate.max / 1e3)
+                    numbers::short(rate.min / 1e3),
+                    numbers::short(rate.max / 1e3)
                 )),
             },
-            Cell::of(
-                row.upper
-                    .map_or(String::new(), |upper| numbers::short(upper.median / 1e3)),
-            ),
-            Cell::of(numbers::short(one.offered_pps / 1e3)),
-            Cell::of(numbers::short(one.l2_gbits())),
-            Cell::of(percent_fine(one.loss())),
-            Cell::of(places(one)),
-            Cell::of(one.unexplained),
-            Cell::of(share(one.engine_cpu)),
-            Cell::of(if one.generator_cpu.is_zero() {
-                String::new()
-            } else {
-                share(one.generator_cpu)
-            }),
-            Cell::of(share(one.machine_cpu)),
-            Cell::of(share(one.softirq_cpu)),
-            Cell::of(numbers::short(one.engine_ns())),
-            Cell::of(numbers::short(one.packets_per_enter)),
-            Cell::of(if one.queues.len() > 1 {
-                percent(one.queue_spread())
-            } else {
-                String::new()
-            }),
-            Cell::of(remarks.join(", ")),
+            None => Cell::of(none(row)),
+        };
+        let upper = row
+            .upper
+            .map_or(String::new(), |upper| numbers::short(upper.median / 1e3));
+        let cells = [
+            rate,
+            Cell::of(upper),
+            of(|one| numbers::short(one.l2_gbits())),
+            of(|one| percent_fine(one.loss())),
+            of(|one| percent(cores(one, one.engine_cpu))),
+            of(|one| numbers::short(one.engine_ns())),
+            Cell::of(remarks(row)),
         ];
-        cells.to_vec()
+        keys(row).into_iter().chain(cells).collect()
     });
-    table(&columns, rows)
+    let more_rows = results.rows.iter().map(|row| {
+        let of = |figure: fn(&Measured) -> String| Cell::of(row.measured.as_ref().map_or(String::new(), figure));
+        let cells = [
+            of(|one| numbers::short(one.offered_pps / 1e3)),
+            of(places),
+            of(|one| one.unexplained.to_string()),
+            of(|one| {
+                if one.generator_cpu.is_zero() {
+                    String::new()
+                } else {
+                    percent(cores(one, one.generator_cpu))
+                }
+            }),
+            of(|one| percent(cores(one, one.machine_cpu))),
+            of(|one| percent(cores(one, one.softirq_cpu))),
+            of(|one| numbers::short(one.packets_per_enter)),
+            of(|one| {
+                if one.queues.len() > 1 {
+                    percent(one.queue_spread())
+                } else {
+                    String::new()
+                }
+            }),
+        ];
+        keys(row).into_iter().chain(cells).collect()
+    });
+    (
+        table(&[&key[..], &main].concat(), main_rows),
+        table(&[&key[..], &more].concat(), more_rows),
+    )
 }
 
-fn latencies(results: &Results) -> Table {
-    let columns = [
+fn remarks(row: &Row) -> String {
+    let mut remarks = Vec::new();
+    if row.generator_bound {
+        remarks.push("generator-bound".to_owned());
+    }
+    if row.none_found > 0 && row.rate.is_some() {
+        let searches = if row.none_found == 1 { "search" } else { "searches" };
+        remarks.push(format!("none found in {} {searches}", row.none_found));
+    }
+    if !row.complete {
+        let word = if row.cut_short {
+            "cut short"
+        } else {
+            "search not complete"
+        };
+        remarks.push(word.to_owned());
+    }
+    if let Some(one) = &row.measured {
+        if one.unexplained != 0 {
+            remarks.push("UNEXPLAINED PACKETS".to_owned());
+        }
+        if one.wrong() > 0 {
+            remarks.push("WRONG PACKETS".to_owned());
+        }
+    }
+    remarks.join(", ")
+}
+
+/// As [`rates`].
+fn latencies(results: &Results) -> (Table, Table) {
+    let key = [
         ("mode", "what the engine does"),
         ("frame", "bytes with the frame check sequence"),
         ("load", "per cent of the rate that was found"),
         ("waiting", "how the engine's threads wait"),
+    ];
+    let main = [
         ("kpps", "offered"),
         ("loss", "share of what was offered"),
         ("p50 µs", "half took at most as long"),
-        ("p90 µs", ""),
         ("p99 µs", ""),
         ("p99.9 µs", ""),
-        ("p99.99 µs", ""),
         ("max µs", ""),
+        ("remarks", "what to know before citing the row"),
+    ];
+    let more = [
+        ("p90 µs", ""),
+        ("p99.99 µs", ""),
         ("engine CPU", "of one core: the engine's threads"),
         (
             "ns/packet",
@@ -543,28 +676,47 @@ fn latencies(results: &Results) -> Table {
             "offered, neither received nor dropped at a place that counts it",
         ),
     ];
-    let rows = results.latencies.iter().map(|row| {
+    let keys = |row: &Latency| {
+        let share = Cell::of(format!("{} %", row.share));
+        [Cell::of(row.mode), Cell::of(row.size), share, Cell::of(row.wait)]
+    };
+    let at = |row: &Latency, share: f64| {
+        Cell::of(numbers::short(
+            row.measured.latency.value_at_quantile(share) as f64 / 1e3,
+        ))
+    };
+    let main_rows = results.latencies.iter().map(|row| {
+        let cells = [
+            Cell::of(numbers::short(row.measured.offered_pps / 1e3)),
+            Cell::of(percent_fine(row.measured.loss())),
+            at(row, 0.5),
+            at(row, 0.99),
+            at(row, 0.999),
+            Cell::of(numbers::short(row.measured.latency.max() as f64 / 1e3)),
+            Cell::of(if row.complete { "" } else { "cut short" }),
+        ];
+        keys(row).into_iter().chain(cells).collect()
+    });
+    let more_rows = results.latencies.iter().map(|row| {
         let one = &row.measured;
-        let at = |share: f64| Cell::of(numbers::short(one.latency.value_at_quantile(share) as f64 / 1e3));
-        vec![
-            Cell::of(row.mode),
-            Cell::of(row.size),
-            Cell::of(format!("{} %", row.share)),
-            Cell::of(row.wait),
-            Cell::of(numbers::short(one.offered_pps / 1e3)),
-            Cell::of(percent_fine(one.loss())),
-            at(0.5),
-            at(0.9),
-            at(0.99),
-            at(0.999),
-            at(0.9999),
-            Cell::of(numbers::short(one.latency.max() as f64 / 1e3)),
-            Cell::of(percent(one.engine_cpu.as_secs_f64() / one.wall.as_secs_f64().max(1e-9))),
+        let cells = [
+            at(row, 0.9),
+            at(row, 0.9999),
+            Cell::of(percent(cores(one, one.engine_cpu))),
             Cell::of(numbers::short(one.engine_ns())),
             Cell::of(one.unexplained),
-        ]
+        ];
+        keys(row).into_iter().chain(cells).collect()
     });
-    table(&columns, rows)
+    (
+        table(&[&key[..], &main].concat(), main_rows),
+        table(&[&key[..], &more].concat(), more_rows),
+    )
+}
+
+/// CPU time of a trial, in cores.
+fn cores(one: &Measured, time: Duration) -> f64 {
+    time.as_secs_f64() / one.wall.as_secs_f64().max(1e-9)
 }
 
 fn table(columns: &[(&str, &str)], rows: impl Iterator<Item = Vec<Cell>>) -> Table {
@@ -619,7 +771,7 @@ const SILENCE: &[(&str, &str)] = &[
 const READING: &[(&str, &str)] = &[
     (
         "Rates",
-        "RFC 2544-style: a rate passes if no more than the goal's share is lost in a trial of the length told, twice. Generator and engine share one \
+        "RFC 2544-style: a rate passes if no more than the goal's share is lost in most trials of it, twice at least in trials of the length given. Generator and engine share one \
          host, and trials are shorter than the minute that the RFC wants, so these are figures for comparison, not a certificate.",
     ),
     (
@@ -642,7 +794,6 @@ const READING: &[(&str, &str)] = &[
 mod tests {
     use roxmltree::{Document, ParsingOptions};
     use tun_driver::lab::measure::Machine;
-    use tun_driver::lab::throughput::{Mode, Size};
 
     use super::*;
 
@@ -651,6 +802,7 @@ mod tests {
         (1..=1_000u64).for_each(|value| latency.record(value * 997).unwrap());
         Measured {
             offered: 1_000,
+            unsent: 0,
             received: 990,
             drops: vec![("tun0 <queue> full".to_owned(), 10)],
             hops: vec![("gen0 tx_packets".to_owned(), 1_000)],
@@ -690,16 +842,19 @@ mod tests {
             flows: 64,
             repeats: 3,
             trial: Duration::from_secs(1),
+            incomplete: None,
             rows: ["MRR", "NDR", "PDR"]
                 .map(|what| Row {
                     mode: Mode::Echo,
                     size: Size::Frame(64),
                     what,
-                    rate,
+                    rate: Some(rate),
                     upper: (what != "MRR").then_some(rate),
+                    none_found: 0,
                     generator_bound: what == "MRR",
                     complete: what != "PDR",
-                    measured: measured(unexplained),
+                    cut_short: false,
+                    measured: Some(measured(unexplained)),
                 })
                 .into(),
             latencies: [(10, "block"), (10, "spin"), (50, "block")]
@@ -708,6 +863,7 @@ mod tests {
                     size: Size::Frame(64),
                     wait,
                     share,
+                    complete: true,
                     measured: measured(unexplained),
                 })
                 .into(),
@@ -757,6 +913,72 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_was_interrupted_says_so_in_each_form() {
+        let whole = results(0);
+        for told in [text(&whole), markdown(&whole), page(&whole)] {
+            assert!(!told.contains("INCOMPLETE") && !told.contains("cut short"), "{told}");
+        }
+        assert_eq!(json(&whole)["incomplete"], Value::Null);
+        let mut cut = results(0);
+        cut.incomplete = Some("interrupted".to_owned());
+        for row in cut.rows.iter_mut().filter(|row| !row.complete) {
+            row.cut_short = true;
+        }
+        cut.latencies.last_mut().unwrap().complete = false;
+        for told in [text(&cut), markdown(&cut), page(&cut)] {
+            assert!(told.contains("INCOMPLETE: interrupted"), "{told}");
+            assert!(told.matches("cut short").count() >= 2, "{told}");
+        }
+        let told = json(&cut);
+        assert_eq!(told["incomplete"], "interrupted");
+        assert_eq!(told["rates"][2]["complete"], false);
+        assert_eq!(told["latencies"][2]["complete"], false);
+    }
+
+    #[test]
+    fn a_rate_that_was_not_found_is_a_row_in_each_form() {
+        for (complete, word) in [(true, "none passed"), (false, "none found in time")] {
+            let mut results = results(0);
+            let row = &mut results.rows[1];
+            (row.rate, row.measured, row.none_found, row.complete) = (None, None, 3, complete);
+            results.rows[2].none_found = 1;
+            for told in [text(&results), markdown(&results), page(&results)] {
+                assert!(told.contains(word), "{word}: {told}");
+                assert!(told.contains("none found in 1 search"), "{told}");
+            }
+            let told = json(&results);
+            assert_eq!(told["rates"][1]["rate_pps"], Value::Null);
+            assert_eq!(told["rates"][1]["none_found"], 3);
+            valid(&told);
+            let plot = plots(&results).swap_remove(0).2.to_string();
+            assert!(plot.contains(word), "{plot}");
+        }
+    }
+
+    #[test]
+    fn latencies_of_an_earlier_run_do_not_stay() {
+        let folder = std::env::temp_dir().join(format!("tun-driver-report-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let others = ["latency-notes.svg", "latency-echo-64B-10pct.txt", "mine.hlog"];
+        let earlier = [
+            "latency-recv-many-1518B-spin-90pct-q1.hgrm",
+            "latency-forward-imixB-10pct.svg",
+        ];
+        for name in others.iter().chain(&earlier) {
+            fs::write(folder.join(name), "").unwrap();
+        }
+        let results = results(0);
+        write_files(&folder, &results, &json(&results)).ok().expect("written");
+        let there = |name: &str| folder.join(name).exists();
+        assert!(others.iter().all(|name| there(name)));
+        assert!(!earlier.iter().any(|name| there(name)));
+        assert!(
+            there("latency-echo-64B-spin-10pct-q1.hgrm") && there("latency-echo-64B-10pct.svg") && there("rates.svg")
+        );
+        fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
     fn each_load_has_its_histograms_with_a_tag_per_queue() {
         let results = results(0);
         let groups: Vec<_> = groups(&results).into_iter().map(|(group, _)| group).collect();
@@ -768,16 +990,22 @@ mod tests {
         assert_eq!(groups[1].name, "latency-echo-64B-spin-10pct");
     }
 
-    #[test]
-    fn the_schema_describes_all_that_is_written_and_nothing_else() {
+    /// Checks against the schema.
+    fn valid(told: &Value) -> jsonschema::Validator {
         let schema: Value = serde_json::from_str(include_str!("../../../../docs/throughput.schema.json")).unwrap();
         let validator = jsonschema::draft202012::new(&schema).unwrap();
-        let told = json(&results(0));
         let errors: Vec<String> = validator
-            .iter_errors(&told)
+            .iter_errors(told)
             .map(|error| format!("{}: {error}", error.instance_path()))
             .collect();
         assert!(errors.is_empty(), "{errors:#?}");
+        validator
+    }
+
+    #[test]
+    fn the_schema_describes_all_that_is_written_and_nothing_else() {
+        let told = json(&results(0));
+        let validator = valid(&told);
         for place in ["", "/rates/0", "/rates/0/trial", "/latencies/0", "/latencies/0/trial"] {
             let mut more = told.clone();
             more.pointer_mut(place).unwrap()["nobody_knows"] = json!(1);
