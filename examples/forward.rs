@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use tun_driver::{Batch, Builder, Mode, Offloads, PortError, PortErrorKind, PortId, Queue, Worker};
+use tun_driver::{Batch, Builder, Mode, Offloads, PortErrorKind, PortId, Queue, Worker};
 
 /// How soon to try again when a device took no more.
 const RETRY: Duration = Duration::from_millis(1);
@@ -72,16 +72,17 @@ fn run() -> Result<(), Box<dyn Error>> {
 }
 
 /// Moves what is there, as far as it goes. Fails if a device is gone.
-fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), PortError> {
+fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), String> {
     // What is received goes behind what the last round left, so that the order stays. A full batch receives nothing.
     match worker.try_recv_many(way.from, &mut way.batch) {
-        Err(error) if error.is_permanent() => return Err(error),
-        // Others are told once and are over: a packet was too long, or buffers ran out. The counters have them.
-        Ok(_) | Err(_) => {}
+        Err(error) if error.is_permanent() => return Err(cli::named(worker, way.from, &error)),
+        // Others are returned once and are over: a packet was too long, or buffers ran out. The counters have them.
+        Err(error) => cli::print_passing(worker, way.from, &error),
+        Ok(_) => {}
     }
     let sent = worker.send_many(way.to, &mut way.batch);
     match sent.stopped {
-        Some(error) if error.is_permanent() => return Err(error),
+        Some(error) if error.is_permanent() => return Err(cli::named(worker, way.to, &error)),
         // A wire to a device that is down does not store packets: they would arrive when nobody expects them any more.
         Some(error) if error.kind() == PortErrorKind::Down => way.batch.clear(),
         // Back-pressure: what was not accepted is still in front, for the next round.

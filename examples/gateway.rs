@@ -16,7 +16,7 @@ use std::net::Ipv4Addr;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use tun_driver::{Batch, Builder, Ended, Engine, Event, FactoryError, Handler, Mode, PortId, Seat, Worker};
+use tun_driver::{Batch, Builder, Ended, Engine, Event, FactoryError, Handler, Mode, PortError, PortId, Seat, Worker};
 
 /// How often each worker says what it did.
 const REPORT: Duration = Duration::from_secs(1);
@@ -69,6 +69,10 @@ impl Handler for Gateway {
             ..
         } = self;
         println!("worker {number}: forwarded {forwarded} dropped {dropped}");
+    }
+
+    fn trouble(&mut self, worker: &mut Worker, port: PortId, error: &PortError) {
+        cli::print_passing(worker, port, error);
     }
 }
 

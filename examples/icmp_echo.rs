@@ -35,14 +35,15 @@ fn run() -> Result<(), Box<dyn Error>> {
     while !port.wait(None)?.stopped {
         match port.try_recv_many(&mut batch) {
             Ok(_) => {}
-            Err(error) if error.is_permanent() => return Err(error.into()), // the device was deleted
-            Err(_) => {}                                                    // passes, and is counted
+            // The device was deleted.
+            Err(error) if error.is_permanent() => return Err(cli::named(port.worker(), port.id(), &error).into()),
+            Err(error) => cli::print_passing(port.worker(), port.id(), &error),
         }
         // The request becomes the reply where it lies; what is no request is dropped.
         batch.retain_mut(|packet| reply(packet).is_some());
         let sent = port.send_many(&mut batch);
         if let Some(error) = sent.stopped.filter(|error| error.is_permanent()) {
-            return Err(error.into());
+            return Err(cli::named(port.worker(), port.id(), &error).into());
         }
         batch.clear(); // what was not taken: nobody wants a late reply
     }

@@ -18,7 +18,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use tun_driver::{Batch, Builder, Mode, PacketBuf, PortError, PortErrorKind, PortId, Worker};
+use tun_driver::{Batch, Builder, Mode, PacketBuf, PortErrorKind, PortId, Worker};
 
 /// How soon to try again when the socket took no more.
 const RETRY: Duration = Duration::from_millis(1);
@@ -103,7 +103,7 @@ impl Link {
     fn encapsulate(&mut self, worker: &mut Worker, tun: PortId, to_peer: &mut Batch) -> Result<(), Box<dyn Error>> {
         // What is received goes behind what could not be sent yet, which has its header already.
         let old = to_peer.len();
-        passing(worker.try_recv_many(tun, to_peer))?;
+        receive(worker, tun, to_peer)?;
         for packet in &mut to_peer[old..] {
             // It grows into the packet's headroom; nothing is copied but these eight bytes.
             packet.prepend(&self.header(DATA))?;
@@ -112,9 +112,9 @@ impl Link {
     }
 
     /// Receives from the socket, takes the header off, and keeps what is a packet of the peer's network.
-    fn decapsulate(&mut self, worker: &mut Worker, udp: PortId, to_tun: &mut Batch) -> Result<(), PortError> {
+    fn decapsulate(&mut self, worker: &mut Worker, udp: PortId, to_tun: &mut Batch) -> Result<(), String> {
         let mut old = to_tun.len();
-        passing(worker.try_recv_many(udp, to_tun))?;
+        receive(worker, udp, to_tun)?;
         to_tun.retain_mut(|packet| {
             let is_new = old == 0;
             old = old.saturating_sub(1);
@@ -170,9 +170,9 @@ impl Link {
 }
 
 /// Sends from the front of the batch; what the kernel has no room for stays, in order. Fails if the port is gone.
-fn send(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), PortError> {
+fn send(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), String> {
     match worker.send_many(port, batch).stopped {
-        Some(error) if error.is_permanent() => Err(error),
+        Some(error) if error.is_permanent() => Err(cli::named(worker, port, &error)),
         // A device that is down takes nothing for as long as it likes; late packets would be of no use.
         Some(error) if error.kind() == PortErrorKind::Down => {
             batch.clear();
@@ -183,10 +183,12 @@ fn send(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), Port
     }
 }
 
-/// Lets pass what passes: a packet that was too long, buffers that ran out. It is told once and counted. What is permanent stays an error.
-fn passing(received: Result<usize, PortError>) -> Result<(), PortError> {
-    match received {
-        Err(error) if error.is_permanent() => Err(error),
-        Ok(_) | Err(_) => Ok(()),
+/// Receives what is there. What passes is printed: a packet that was too long, buffers that ran out. What is permanent is an error.
+fn receive(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), String> {
+    match worker.try_recv_many(port, batch) {
+        Err(error) if error.is_permanent() => return Err(cli::named(worker, port, &error)),
+        Err(error) => cli::print_passing(worker, port, &error),
+        Ok(_) => {}
     }
+    Ok(())
 }

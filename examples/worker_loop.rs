@@ -39,15 +39,15 @@ fn run() -> Result<(), Box<dyn Error>> {
         match port.try_recv_many(&mut batch) {
             Ok(_) => {}
             // The device was deleted: it stays so, and asking again would spin.
-            Err(error) if error.is_permanent() => return Err(error.into()),
+            Err(error) if error.is_permanent() => return Err(cli::named(port.worker(), port.id(), &error).into()),
             // A packet too long for the buffers, or no buffer free just now. It is in the counters, and the next packets come.
-            Err(_) => {}
+            Err(error) => cli::print_passing(port.worker(), port.id(), &error),
         }
         // What is not kept is dropped, and counted as discarded.
         batch.retain_mut(|packet| turn_round(packet).is_some());
         let sent = port.send_many(&mut batch);
         if let Some(error) = sent.stopped.filter(|error| error.is_permanent()) {
-            return Err(error.into());
+            return Err(cli::named(port.worker(), port.id(), &error).into());
         }
         // Accepted and refused packets are gone from the batch. What is left (the device is down, or takes no more) could be sent later;
         // a late echo is of no use to anybody.

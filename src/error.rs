@@ -119,7 +119,8 @@ impl From<OpenError> for io::Error {
 
 /// Why packets could not be moved through a port.
 ///
-/// [`kind`](Self::kind) sorts the errnos by what the caller should do; the errno and the call are kept.
+/// [`kind`](Self::kind) sorts the errnos by what the caller should do; the errno and the call are kept. The caller knows the port; in messages,
+/// put [`Worker::port_name`](crate::Worker::port_name) in front.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortError {
     kind: PortErrorKind,
@@ -248,7 +249,7 @@ impl fmt::Display for PortError {
             PortErrorKind::Down => "the device is down; bring it up (ip link set … up) and send again",
             PortErrorKind::Backpressure => "the receiver is full; wait a little, then send the rest",
             PortErrorKind::Truncated => {
-                "a packet was longer than the buffers of this worker and was dropped; raise WorkerConfig::max_packet or lower the MTU"
+                "a packet was longer than the buffers of this worker and was dropped; lower the MTU, raise WorkerConfig::max_packet, or detach the port and attach it again, which gives it large buffers"
             }
             PortErrorKind::BadPacket => "the kernel refused the packet's content; it was dropped",
             PortErrorKind::Changed => {

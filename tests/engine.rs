@@ -14,13 +14,14 @@ use tun_driver::lab::packet::Framing;
 use tun_driver::lab::{Filler, Tracker, process, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::{
-    Backend, Batch, Builder, ControlError, Device, Ended, Endpoint, Engine, Event, Handler, Mode, MultiQueue, OnPanic,
-    OpenErrorKind, Pin, Placement, PortErrorKind, PortId, Wait, Worker, WorkerConfig, WorkerEnd, leaked_arenas,
+    Backend, Batch, Builder, ControlError, Counters, Device, Ended, Endpoint, Engine, Event, Handler, Mode, MultiQueue,
+    OnPanic, OpenErrorKind, Pin, Placement, PortErrorKind, PortId, Wait, Worker, WorkerConfig, WorkerEnd,
+    leaked_arenas,
 };
 
 fn main() {
     type Check = (&'static str, fn(Backend));
-    let each: [Check; 17] = [
+    let each: [Check; 20] = [
         (
             "every packet reaches a handler once, in order, queue by queue",
             delivers,
@@ -59,6 +60,12 @@ fn main() {
         ("packets from outside and between workers", handoffs),
         ("timers and flush", timers),
         ("sockets: worker k serves the k-th", sockets),
+        ("an MTU raised at run time brings longer buffers", mtu_raised),
+        (
+            "an MTU beyond all buffers is reported, and what was lost by it",
+            mtu_beyond_all_buffers,
+        ),
+        ("what a handler discarded is in the report", discarded_is_reported),
     ];
     let mut trials: Vec<Trial> = Vec::new();
     for (name, work) in each {
@@ -1066,6 +1073,108 @@ fn bad_settings() {
     let big = Builder::new("e1", Mode::Tun).mtu(9000).open().unwrap();
     let engine = Engine::builder().device(big).start(|_| Ok(Counting::new())).unwrap();
     assert_eq!(engine.workers()[0].backend.large_buffers, 128);
+}
+
+/// Sends packets of `len` bytes until one was received, or truncated if there are no buffers for it.
+fn until_counted(engine: &Engine<Counting>, len: usize, counted: impl Fn(&Counters) -> u64) {
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    let mut sequence = 0;
+    eventually("a long packet", || {
+        let mut payload = vec![0; len - 28];
+        tun_driver::lab::packet::write_payload(&mut payload, 0, sequence, 0);
+        sequence += 1;
+        socket.send_to(&payload, (THERE, 9)).unwrap();
+        counted(&engine.stats().total()) > 0
+    });
+}
+
+/// T20, as an operator meets it: the MTU is raised while the engine runs, and its buffers were for the old one.
+fn mtu_raised(backend: Backend) {
+    let device = device("e0", 1, HERE);
+    let settings = device.device().unwrap().clone();
+    let engine = Engine::builder()
+        .device(device)
+        .config(config(backend))
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    let events = engine.events();
+    offer(settings.index(), 4, 10);
+    eventually("short packets", || received(&engine) >= 10);
+    settings.set_mtu(9_000).unwrap();
+    assert!(matches!(
+        events.next_within(Duration::from_secs(10)),
+        Some(Event::MtuChanged { mtu: 9_000, .. })
+    ));
+    let longest = || {
+        engine.run_on(0, |_, worker| {
+            let port = worker.ports().next().unwrap();
+            worker.port_info(port).unwrap().longest
+        })
+    };
+    eventually("longer buffers", || longest().unwrap() >= 9_000);
+    let before = received(&engine);
+    until_counted(&engine, 9_000, |total| total.received_packets - before);
+    // Short ones still come, and nothing was lost from then on.
+    offer(settings.index(), 4, 10);
+    eventually("all", || received(&engine) >= before + 11);
+    let report = engine.stop_within(Duration::from_secs(10));
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(report.workers[0].truncated, 0);
+}
+
+fn mtu_beyond_all_buffers(backend: Backend) {
+    let device = device("e0", 1, HERE);
+    let settings = device.device().unwrap().clone();
+    let engine = Engine::builder()
+        .device(device)
+        .config(WorkerConfig {
+            // Of which no port can be promised any.
+            large_buffers: 1,
+            ..config(backend)
+        })
+        .start(|_| Ok(Counting::new()))
+        .unwrap();
+    settings.set_mtu(9_000).unwrap();
+    let events = engine.events();
+    assert!(matches!(events.next(), Some(Event::MtuChanged { .. })));
+    let event = events.next_within(Duration::from_secs(10));
+    let Some(Event::BuffersTooShort {
+        device,
+        worker: 0,
+        longest,
+    }) = &event
+    else {
+        panic!("{event:?}");
+    };
+    assert_eq!(device, "e0");
+    assert!((1_500..9_000).contains(longest), "{longest}");
+    until_counted(&engine, 9_000, |total| total.truncated);
+    let report = engine.stop_within(Duration::from_secs(10));
+    let truncated = report.stats.total().truncated;
+    assert_eq!(report.workers[0].truncated, truncated);
+    let said = format!(", {truncated} truncated");
+    assert_eq!(
+        report.to_string().matches(&said).count(),
+        2,
+        "for the worker and in all: {report}"
+    );
+}
+
+/// What a handler leaves is not forgotten in the end.
+fn discarded_is_reported(backend: Backend) {
+    let device = device("e0", 1, HERE);
+    let index = index(&device);
+    let engine = Engine::builder()
+        .device(device)
+        .config(config(backend))
+        .start_fn(|_: &mut Worker, _: PortId, _: &mut Batch| {})
+        .unwrap();
+    offer(index, 4, 10);
+    eventually("all", || engine.stats().total().received_packets >= 40);
+    let report = engine.stop_within(Duration::from_secs(10));
+    assert_eq!((report.workers[0].discarded, report.workers[0].truncated), (40, 0));
+    assert!(report.to_string().contains(", 40 discarded; stopped"), "{report}");
+    assert!(!report.to_string().contains("truncated"), "{report}");
 }
 
 fn watch(engine: &Engine<Counting>, settings: &Device, netlink: &Handle) {

@@ -405,6 +405,7 @@ fn end_with_device(backend: Backend) {
         assert_eq!(running.wait().code(), Some(1), "{name}");
         let errors = running.errors();
         assert!(errors.contains("is gone"), "{name}: {errors}");
+        assert!(errors.starts_with(&format!("{device}: ")), "which device: {errors}");
     }
 }
 

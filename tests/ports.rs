@@ -109,6 +109,11 @@ fn main() {
         "an MTU beyond the ordinary buffers takes large ones",
         mtu_beyond_the_buffers,
     );
+    on_both(
+        all,
+        "a port attached again after its MTU was raised takes large buffers",
+        attached_again,
+    );
     on_both(all, "large buffers take large packets", large_packets);
     on_both(all, "packet information is in front, both ways", packet_information);
     on_both(all, "TAP: frames, both ways", tap);
@@ -1162,6 +1167,28 @@ fn mtu_beyond_the_buffers(backend: Backend) {
         assert_eq!(numbers(&batch), [0]);
         drop((batch, worker, device));
     }
+}
+
+/// The remedy that the error names.
+fn attached_again(backend: Backend) {
+    let (mut worker, port, device) = with_tun(backend);
+    device.set_mtu(9_000).unwrap();
+    let mut offer = Offer::new();
+    offer.send_long(9_000 - 28);
+    let mut batch = Batch::with_capacity(4);
+    let error = worker.recv_many(port, &mut batch).unwrap_err();
+    assert_eq!(error.kind(), PortErrorKind::Truncated);
+    assert!(error.to_string().contains("attach it again"), "{error}");
+    assert_eq!(
+        worker.port_name(port).as_deref(),
+        Some(worker.queue(port).unwrap().name())
+    );
+    let queue = worker.detach(port).unwrap().endpoint.into_queue().unwrap();
+    assert_eq!(worker.port_name(port), None);
+    let port = worker.attach(queue).unwrap();
+    offer.send_long(9_000 - 28);
+    receive(&mut worker, port, &mut batch, 1).unwrap();
+    assert_eq!((batch[0].len(), numbers(&batch)), (9_000, vec![1]));
 }
 
 fn large_packets(backend: Backend) {

@@ -4,10 +4,11 @@
 use std::error::Error;
 use std::process::{self, ExitCode};
 use std::str::FromStr;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use std::{env, fmt, thread, vec};
 
-use tun_driver::{Backend, Waker, Worker, WorkerConfig};
+use tun_driver::{Backend, PortError, PortId, Waker, Worker, WorkerConfig};
 
 /// The command line: words in their order, and options anywhere between them.
 pub struct Cli {
@@ -140,6 +141,22 @@ pub fn print_counters(worker: &Worker) {
         );
     }
     println!("discarded {}", worker.discarded());
+}
+
+/// Prints an error of a port that passes: a packet was too long for the buffers, no buffer was free, the device is down. At most one line each
+/// second, or a flood of packets becomes a flood of lines; the counters have them all.
+pub fn print_passing(worker: &Worker, port: PortId, error: &PortError) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
+        *last = Some(Instant::now());
+        eprintln!("{}", named(worker, port, error));
+    }
+}
+
+/// The error with the name of the port's device or socket in front.
+pub fn named(worker: &Worker, port: PortId, error: &PortError) -> String {
+    format!("{}: {error}", worker.port_name(port).unwrap_or_default())
 }
 
 /// Ends the process with what came of it. The errors of the library say in words what to do, in their `Display`.

@@ -23,7 +23,7 @@ use crate::buf::Batch;
 use crate::device::Device;
 use crate::error::{OpenError, OpenErrorKind};
 use crate::queue::MultiQueue;
-use crate::stats::StatsReader;
+use crate::stats::{StatsReader, WorkerStats};
 use crate::worker::{Endpoint, PortId, WakeHandle, Waker, Worker, WorkerConfig};
 
 /// Devices, sockets and settings of an engine that is to be started. Made by [`Engine::builder`].
@@ -475,11 +475,7 @@ impl Seating {
 
 /// The report of a worker that never served.
 fn failed(name: &str, why: String) -> WorkerReport {
-    WorkerReport {
-        name: name.to_owned(),
-        end: WorkerEnd::Failed(why),
-        undelivered: 0,
-    }
+    WorkerReport::new(name, WorkerEnd::Failed(why), 0, &WorkerStats::default())
 }
 
 fn factory_error(worker: usize, why: &str) -> OpenError {

@@ -39,7 +39,7 @@ pub enum Event {
         /// The new MTU in bytes.
         mtu: u32,
     },
-    /// A device's MTU lets packets come that are longer than the buffers of a worker: they are dropped and counted as truncated. Set
+    /// A device's MTU lets packets come that are longer than the buffers of a worker: they are dropped and counted as truncated. Raise
     /// [`WorkerConfig::large_buffers`](crate::WorkerConfig::large_buffers), or lower the MTU.
     BuffersTooShort {
         /// What the device is called.
@@ -105,7 +105,7 @@ impl fmt::Display for Event {
                 write!(
                     f,
                     "worker {worker} takes at most {longest} bytes from {device}, and drops the longer packets that its MTU allows; \
-                     set WorkerConfig::large_buffers or lower the MTU"
+                     raise WorkerConfig::large_buffers or lower the MTU"
                 )
             }
             Self::SetBack {

@@ -179,19 +179,18 @@ impl<H> Engine<H> {
                 link.join();
             }
         }
+        let stats = self.stats();
         StopReport {
             workers: reports
                 .iter()
                 .zip(&self.infos)
-                .map(|(report, info)| {
-                    report.clone().unwrap_or_else(|| WorkerReport {
-                        name: info.name.clone(),
-                        end: WorkerEnd::Stuck,
-                        undelivered: 0,
-                    })
+                .zip(&stats.workers)
+                .map(|((report, info), stats)| {
+                    let stuck = || WorkerReport::new(&info.name, WorkerEnd::Stuck, 0, stats);
+                    report.clone().unwrap_or_else(stuck)
                 })
                 .collect(),
-            stats: self.stats(),
+            stats,
             took: start.elapsed(),
         }
     }

@@ -122,6 +122,40 @@ pub struct WorkerReport {
     pub end: WorkerEnd,
     /// Packets that had come and that no handler saw: they were taken out and dropped at the end, at most 4,096 of each port.
     pub undelivered: u64,
+    /// Packets that were longer than the buffers and were dropped.
+    pub truncated: u64,
+    /// Packets behind a header that contradicted them; they were dropped.
+    pub bad_headers: u64,
+    /// Packets that the handler dropped, or left in a batch.
+    pub discarded: u64,
+}
+
+impl WorkerReport {
+    pub(super) fn new(name: &str, end: WorkerEnd, undelivered: u64, stats: &WorkerStats) -> Self {
+        let total = stats.total();
+        Self {
+            name: name.to_owned(),
+            end,
+            undelivered,
+            truncated: total.truncated,
+            bad_headers: total.bad_headers,
+            discarded: stats.counters.discarded,
+        }
+    }
+
+    /// What came and was not handled, in words; nothing if there is none.
+    fn losses(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (count, what) in [
+            (self.truncated, "truncated"),
+            (self.bad_headers, "with bad headers"),
+            (self.discarded, "discarded"),
+        ] {
+            if count > 0 {
+                write!(f, ", {count} {what}")?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What became of an engine that was stopped.
@@ -145,17 +179,22 @@ impl StopReport {
 
 impl fmt::Display for StopReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut sum = WorkerReport::new("total", WorkerEnd::Clean, 0, &WorkerStats::default());
         for worker in &self.workers {
-            writeln!(f, "{}: {}, {} undelivered", worker.name, worker.end, worker.undelivered)?;
+            write!(f, "{}: {}, {} undelivered", worker.name, worker.end, worker.undelivered)?;
+            worker.losses(f)?;
+            writeln!(f)?;
+            sum.truncated += worker.truncated;
+            sum.bad_headers += worker.bad_headers;
+            sum.discarded += worker.discarded;
         }
         let total = self.stats.total();
         write!(
             f,
-            "total: {} received, {} sent, {} refused; stopped in {:.1} ms",
-            total.received_packets,
-            total.sent_packets,
-            total.refused_packets,
-            self.took.as_secs_f64() * 1e3
-        )
+            "total: {} received, {} sent, {} refused",
+            total.received_packets, total.sent_packets, total.refused_packets,
+        )?;
+        sum.losses(f)?;
+        write!(f, "; stopped in {:.1} ms", self.took.as_secs_f64() * 1e3)
     }
 }

@@ -55,6 +55,7 @@ impl<H: Handler> Thread<H> {
         }
         // Before anybody is told: the queues, so that their flows go elsewhere.
         let undelivered = self.take_rest();
+        let stats = self.worker.stats();
         let closed = self.worker.close();
         if let Some(why) = &failure {
             self.shared.worker_failed(self.number, why);
@@ -74,11 +75,7 @@ impl<H: Handler> Thread<H> {
             (true, Some(why)) => WorkerEnd::Failed(why),
             (true, None) => WorkerEnd::Clean,
         };
-        WorkerReport {
-            name: self.name,
-            end,
-            undelivered,
-        }
+        WorkerReport::new(&self.name, end, undelivered, &stats)
     }
 
     fn serve(&mut self, handler: &mut H) -> io::Result<()> {

@@ -729,6 +729,13 @@ impl Worker {
         }
     }
 
+    /// What a port is called in messages: its device as it was named when it was opened, or its socket's address. `None` if it was detached.
+    ///
+    /// A [`PortError`] does not name its port, since it is copied about on the data path.
+    pub fn port_name(&self, port: PortId) -> Option<String> {
+        self.ports.find(port).map(|port| name_of(&port.endpoint))
+    }
+
     /// The socket of a port, to ask its addresses or set its options; `None` for a queue or a detached port.
     pub fn udp(&self, port: PortId) -> Option<&UdpSocket> {
         match &self.ports.find(port)?.endpoint {
