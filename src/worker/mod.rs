@@ -33,6 +33,7 @@ pub(crate) use waker::WakeHandle;
 pub use waker::Waker;
 
 use crate::Mode;
+use crate::attach;
 use crate::buf::{
     Account, Arena, ArenaConfig, Batch, LARGE_PACKET, LINK_HEADER, PacketBuf, RemoteBuf, SizeClass, leak_memory,
 };
@@ -273,6 +274,12 @@ impl Worker {
         if let Endpoint::Handoff(_) = endpoint {
             let detail = "a hand-off belongs to the worker that opened it; open another one";
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
+        }
+        if let Endpoint::Queue(queue) = &endpoint {
+            // A ring would find out by its first read, and plain calls never: a port must not begin with its end.
+            queue
+                .current_name()
+                .map_err(|error| attach::os_error("ioctl(TUNGETIFF)", &error))?;
         }
         let class = self.class_for(&endpoint)?;
         if class == SizeClass::Large {
