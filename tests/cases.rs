@@ -67,7 +67,7 @@ fn measured(case: Case, ways: &[&dyn Way]) -> io::Result<Report> {
         warm_up: 1,
         ..Plan::default()
     };
-    let mut progress = |_| {};
+    let mut progress = |_| Ok(());
     match case {
         Case::Drain => cases::drain(&sandbox, ways, LOAD, &plan, &mut progress),
         Case::Sink => cases::sink(&sandbox, ways, LOAD, &plan, &mut progress).map(|(report, _)| report),
@@ -123,7 +123,7 @@ fn superpackets_pass(traffic: Traffic) {
         warm_up: 0,
         ..Plan::default()
     };
-    let report = offload_cases::superpackets(&sandbox, traffic, &movers, load, &plan, &mut |_| {}).unwrap();
+    let report = offload_cases::superpackets(&sandbox, traffic, &movers, load, &plan, &mut |_| Ok(())).unwrap();
     assert_eq!(report.ways.len(), movers.len());
     let segments = if traffic == Traffic::Tcp { 45 } else { 54 };
     for way in &report.ways[1..] {

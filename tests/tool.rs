@@ -7,7 +7,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_tun, trial};
+use common::{need_program, need_tun, skip, trial};
 use serde_json::Value;
 
 fn main() {
@@ -21,7 +21,16 @@ fn main() {
         trial("generate and receive tell a missed limit by exit code 3", missed_limits),
         trial("Ctrl-C ends generate and receive with a report", interrupted),
         trial("generate and receive tell why they cannot", refused),
-        trial("wrong usage is exit code 2", usage),
+        trial("wrong usage is exit code 2, and names what is wrong", usage),
+        trial("numbers on the command line take k and M", suffixes),
+        trial("Ctrl-C ends bench with what was measured by then", interrupted_bench).bound(Duration::from_secs(180)),
+        trial("bench says on standard error which case it measures", progress_lines),
+        trial(
+            "doctor fails with 77 where the node is missing or closed",
+            doctor_without_node,
+        ),
+        trial("a folder for results that cannot be is refused by name", out_folder),
+        trial("help and version name the tool and all that it measures", help),
     ])
 }
 
@@ -33,9 +42,15 @@ fn tool(arguments: &[&str]) -> Output {
 }
 
 fn doctor() {
-    let told = tool(&["doctor", "--json"]);
-    assert!(told.status.success());
-    let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+    let output = tool(&["doctor", "--json"]);
+    let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let missing = told["findings"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .any(|one| one["state"] == "missing");
+    let expected = if missing { 77 } else { 0 };
+    assert_eq!(output.status.code(), Some(expected), "{told:#}");
     assert_eq!(told["schema_version"], 1);
     let names: Vec<&str> = told["findings"]
         .as_array()
@@ -76,6 +91,10 @@ fn bench() {
         .map(|error| format!("{}: {error}", error.instance_path()))
         .collect();
     assert!(errors.is_empty(), "{errors:#?}");
+    assert_eq!(
+        (&printed["complete"], &printed["incomplete_because"]),
+        (&Value::from(true), &Value::Null)
+    );
     let cases: Vec<&str> = printed["cases"]
         .as_array()
         .unwrap()
@@ -133,8 +152,378 @@ fn usage() {
     ] {
         assert_eq!(tool(wrong).status.code(), Some(2), "{wrong:?}");
     }
+    // What is refused is named by its option, and the remedy says what is taken instead.
+    let target = ["generate", "--target", "127.0.0.1:9"];
+    let listen = ["receive", "--listen", "127.0.0.1:0"];
+    for (verb, option, wrong) in [
+        (
+            &target[..],
+            "--duration",
+            &["-1", "-0.5", "0", "1s", "nan", "inf", "1e-300", "1e9", "", "-1s"][..],
+        ),
+        (
+            &target,
+            "--rate",
+            &[
+                "-5",
+                "0",
+                "k",
+                "1.5",
+                "1m",
+                "1e6",
+                "99999999999G",
+                "maximum",
+                "-max",
+                "1 k",
+            ],
+        ),
+        (
+            &target,
+            "--count",
+            &["-1", "x", "1.0001k", "k", "", "0x10", "1e3", "½", "--json", "-"],
+        ),
+        (
+            &target,
+            "--min-rate",
+            &["-1", "nan", "inf", "x", "k", "", "1m", "--json", "1,5", "-k"],
+        ),
+        (
+            &target,
+            "--flows",
+            &["-1", "0", "65537", "x", "", "1.5", "1k", "--json", "-", "0x1"],
+        ),
+        (
+            &target,
+            "--source",
+            &[
+                "-1",
+                "x",
+                "127.0.0.1",
+                ":0",
+                "1.2.3.4.5:1",
+                "[::1]",
+                "::1",
+                "",
+                "127.0.0.1:65536",
+                "host:1",
+            ],
+        ),
+        (
+            &listen,
+            "--duration",
+            &["-1", "0", "x", "nan", "-inf", "", "1h", "1_0", "--json", "0.0"],
+        ),
+        (
+            &listen,
+            "--max-loss",
+            &["-1", "101", "nan", "x", "", "5%", "inf", "1,5", "--json", "-"],
+        ),
+        (
+            &listen,
+            "--quiet-ms",
+            &[
+                "-1",
+                "x",
+                "1.5",
+                "",
+                "1s",
+                "nan",
+                "--json",
+                "-",
+                "1e3",
+                "99999999999999999999",
+            ],
+        ),
+        (
+            &listen,
+            "--verify",
+            &["-1", "yes", "0", "1", "", "TRUE!", "--json", "-", "nein", "x"],
+        ),
+        (
+            &["bench"],
+            "--rounds",
+            &["-1", "0", "10001", "x", "", "1.5", "1k", "--json", "-", "nan"],
+        ),
+        (
+            &["bench"],
+            "--only",
+            &[
+                "-1",
+                "nothing",
+                "drain,",
+                "",
+                "Drain",
+                "drain sink",
+                "--json",
+                "-",
+                ",",
+                "drain,x",
+            ],
+        ),
+        (
+            &["throughput"],
+            "--rate",
+            &["-1", "0", "x", "", "1.5", "1m", "--json", "-", "nan", "1e6"],
+        ),
+        (
+            &["throughput"],
+            "--duration",
+            &["-1", "0", "x", "", "1s", "nan", "--json", "-", "inf", "1e9"],
+        ),
+    ] {
+        for value in wrong {
+            let told = tool(&[verb, &[option, value]].concat());
+            assert_eq!(told.status.code(), Some(2), "{verb:?} {option} {value:?}");
+            let told = String::from_utf8(told.stderr).unwrap();
+            assert!(
+                told.contains(&format!("'{option} ")),
+                "{verb:?} {option} {value:?}: {told}"
+            );
+            assert!(
+                told.contains(&format!("'{value}'")) || value.is_empty() || value.contains(','),
+                "{option} {value:?}: {told}"
+            );
+        }
+    }
     let nowhere = tool(&["bench", "--quick", "--out", "/proc/nowhere"]);
     assert!(matches!(nowhere.status.code(), Some(1 | 77)), "{:?}", nowhere.status);
+}
+
+fn suffixes() {
+    for (rate, count, asked, sent) in [("50k", "1k", 50_000, 1_000), ("0.05M", "0.5k", 50_000, 500)] {
+        let told = tool(&[
+            "generate",
+            "--target",
+            "127.0.0.1:9",
+            "--rate",
+            rate,
+            "--count",
+            count,
+            "--min-rate",
+            "0.001k",
+            "--json",
+        ]);
+        assert_eq!(told.status.code(), Some(0), "{}", String::from_utf8_lossy(&told.stderr));
+        let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+        assert_eq!(
+            (&told["asked_packets_per_s"], &told["due_packets"]),
+            (&Value::from(asked), &Value::from(sent))
+        );
+    }
+}
+
+fn help() {
+    let version = String::from_utf8(tool(&["--version"]).stdout).unwrap();
+    assert_eq!(version.trim(), format!("tun-driver {}", env!("CARGO_PKG_VERSION")));
+    let help = String::from_utf8(tool(&["bench", "--help"]).stdout).unwrap();
+    let about = help
+        .split("Usage:")
+        .next()
+        .unwrap()
+        .to_lowercase()
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    for case in [
+        "receive",
+        "send",
+        "forward",
+        "superpackets",
+        "round trip",
+        "rates",
+        "queues",
+        "stop an engine",
+    ] {
+        assert!(about.contains(case), "{case}: {about}");
+    }
+}
+
+fn scratch(name: &str) -> std::path::PathBuf {
+    std::env::temp_dir().join(format!("tun-driver-tool-{name}-{}", std::process::id()))
+}
+
+fn out_folder() {
+    need_tun();
+    let folder = scratch("out");
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join("file");
+    std::fs::write(&file, "mine").unwrap();
+    for (out, remedy) in [
+        (file.clone(), "name a folder"),
+        (file.join("below"), "name a folder"),
+        ("/proc/nowhere".into(), "name a folder that can be written to"),
+        ("/proc".into(), "name a folder that can be written to"),
+    ] {
+        let told = tool(&["bench", "--quick", "--out", out.to_str().unwrap()]);
+        assert_eq!(told.status.code(), Some(1), "{}", out.display());
+        let told = String::from_utf8(told.stderr).unwrap();
+        assert!(
+            told.contains(&format!("--out {}: ", out.display())) && told.contains(remedy),
+            "{told}"
+        );
+        assert!(!told.contains("1 of "), "it began to measure: {told}");
+    }
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+fn progress_lines() {
+    need_tun();
+    let folder = scratch("lines");
+    let told = tool(&[
+        "bench",
+        "--quick",
+        "--rounds",
+        "1",
+        "--only",
+        "drain,acts",
+        "--json",
+        "--out",
+        folder.to_str().unwrap(),
+    ]);
+    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    let lines = String::from_utf8(told.stderr).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines.len(), 3, "{lines:?}");
+    for (number, (line, title)) in lines
+        .iter()
+        .zip(["receive, 64 B", "receive, 1400 B", "reach a worker"])
+        .enumerate()
+    {
+        assert!(line.starts_with(&format!("{} of 3: {title}", number + 1)), "{line}");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// The JSON that a run of `bench` printed and wrote, checked against the schema.
+fn printed(output: &Output, folder: &std::path::Path) -> Value {
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let written: Value = serde_json::from_slice(&std::fs::read(folder.join("bench.json")).unwrap()).unwrap();
+    assert_eq!(printed, written);
+    let schema: Value = serde_json::from_str(include_str!("../docs/bench.schema.json")).unwrap();
+    let errors: Vec<String> = jsonschema::draft202012::new(&schema)
+        .unwrap()
+        .iter_errors(&printed)
+        .map(|error| format!("{}: {error}", error.instance_path()))
+        .collect();
+    assert!(errors.is_empty(), "{errors:#?}");
+    printed
+}
+
+fn interrupted_bench() {
+    need_tun();
+    // In the first case, and in the second one.
+    for complete in [0, 1] {
+        let folder = scratch(&format!("cut{complete}"));
+        let rounds = if complete == 0 { "10000" } else { "30" };
+        let mut running = Running::start(&[
+            "bench",
+            "--rounds",
+            rounds,
+            "--only",
+            "drain,sink,acts",
+            "--json",
+            "--out",
+            folder.to_str().unwrap(),
+        ]);
+        let mut lines = BufReader::new(running.child.stderr.take().unwrap());
+        // Its end closes the pipe, so this ends in any case.
+        for _ in 0..=complete {
+            let mut line = String::new();
+            lines.read_line(&mut line).unwrap();
+            assert!(line.contains(" of 5: "), "{line:?}");
+        }
+        running.interrupt();
+        let mut rest = String::new();
+        lines.read_to_string(&mut rest).unwrap();
+        running.child.stderr = None;
+        let output = running.end();
+        assert_eq!(output.status.code(), Some(130), "{rest}");
+        assert!(
+            rest.contains("interrupted in “receive") && rest.contains("marked as incomplete"),
+            "{rest}"
+        );
+
+        let told = printed(&output, &folder);
+        assert_eq!(
+            (&told["complete"], &told["citable"]),
+            (&Value::from(false), &Value::from(false))
+        );
+        let why = told["incomplete_because"].as_str().unwrap().to_owned();
+        assert!(why.contains("interrupted in “receive"), "{why}");
+        let cases = told["cases"].as_array().unwrap();
+        assert!(
+            (complete..=complete + 1).contains(&cases.len()),
+            "{} cases",
+            cases.len()
+        );
+        if complete == 1 {
+            assert_eq!(cases[0]["report"]["rounds"], 30, "what was complete is whole");
+        }
+        if let Some(cut) = cases.get(complete) {
+            assert!(cut["report"]["rounds"].as_u64() < Some(rounds.parse().unwrap()));
+        }
+        assert!(told["acts"].as_array().unwrap().is_empty());
+        let page = std::fs::read_to_string(folder.join("report.html")).unwrap();
+        let text = std::fs::read_to_string(folder.join("report.md")).unwrap();
+        assert!(
+            page.contains(&format!("Incomplete: {why}")) && text.contains(&format!("INCOMPLETE: {why}")),
+            "{text}"
+        );
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
+
+/// The node is taken away, or closed to root too, in a mount namespace.
+fn doctor_without_node() {
+    need_program("unshare", "util-linux");
+    need_program("mount", "mount");
+    for (change, remedy) in [
+        ("mount -t tmpfs tmpfs /dev/net", "modprobe tun"),
+        (
+            "mount --bind /dev/net /dev/net && mount -o remount,bind,nodev /dev/net",
+            "chmod 0666 /dev/net/tun",
+        ),
+    ] {
+        let output = Command::new("unshare")
+            .args([
+                "--mount",
+                "sh",
+                "-c",
+                &format!("{change} && exec \"$0\" doctor --json"),
+                env!("CARGO_BIN_EXE_tun-driver"),
+            ])
+            .output()
+            .unwrap();
+        if output.stdout.is_empty() {
+            skip(format!(
+                "no mount namespace: {}",
+                String::from_utf8_lossy(&output.stderr)
+            ));
+        }
+        assert_eq!(output.status.code(), Some(77));
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains("missing: /dev/net/tun, "), "{stderr}");
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let find = |name: &str| {
+            told["findings"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .find(|one| one["name"] == name)
+                .unwrap()
+                .clone()
+        };
+        for name in ["/dev/net/tun", "sandbox"] {
+            let finding = find(name);
+            assert_eq!(finding["state"], "missing");
+            let told = finding["remedy"].as_str().unwrap();
+            assert!(
+                told.contains(remedy) && !told.contains("user namespaces"),
+                "{name}: {told}"
+            );
+        }
+    }
 }
 
 fn generate_and_receive() {
@@ -375,7 +764,9 @@ impl Running {
         };
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         self.child.stdout.take().unwrap().read_to_end(&mut stdout).unwrap();
-        self.child.stderr.take().unwrap().read_to_end(&mut stderr).unwrap();
+        if let Some(mut pipe) = self.child.stderr.take() {
+            pipe.read_to_end(&mut stderr).unwrap();
+        }
         Output { status, stdout, stderr }
     }
 }

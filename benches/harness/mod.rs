@@ -95,7 +95,7 @@ pub(crate) fn run(name: &str, cases: impl FnOnce(&Options, &Sandbox) -> io::Resu
 
 /// Shows which sample is being taken, on a terminal.
 #[allow(dead_code)] // not everything takes long
-pub(crate) fn progress(case: &str) -> impl FnMut(Turn) + Send + use<> {
+pub(crate) fn progress(case: &str) -> impl FnMut(Turn) -> io::Result<()> + Send + use<> {
     let case = case.to_owned();
     let terminal = io::stderr().is_terminal();
     move |turn: Turn| {
@@ -106,6 +106,7 @@ pub(crate) fn progress(case: &str) -> impl FnMut(Turn) + Send + use<> {
             }
             let _ = io::stderr().flush();
         }
+        Ok(())
     }
 }
 

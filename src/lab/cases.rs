@@ -106,8 +106,8 @@ impl Load {
     }
 }
 
-/// Told before each sample.
-pub type Progress<'a> = &'a mut (dyn FnMut(Turn) + Send);
+/// Called before each sample. An error ends the case; see [`Stopped`](measure::Stopped).
+pub type Progress<'a> = &'a mut (dyn FnMut(Turn) -> io::Result<()> + Send);
 
 /// Receive: the queue is filled through a socket, then the way empties it. One thread, pinned; only the emptying is timed.
 ///
@@ -123,7 +123,7 @@ pub fn drain(_: &Sandbox, ways: &[&dyn Way], load: Load, plan: &Plan, progress: 
         }
         let payload = vec![0; payload_len(load)?];
         measure::compare(plan, &names(ways), |turn| {
-            progress(turn);
+            progress(turn)?;
             let (stage, socket) = &mut stages[turn.way];
             let mut sample = Sample::default();
             let calls = stage.runner.calls();
@@ -170,7 +170,7 @@ pub fn sink(
         }
         let kind = stages.first().map_or("", |(_, sink)| sink.kind());
         let report = measure::compare(plan, &names(ways), |turn| {
-            progress(turn);
+            progress(turn)?;
             let (stage, _) = &mut stages[turn.way];
             let packet = udp_packet(
                 stage.nets[0].peer(DISCARD),
@@ -208,7 +208,7 @@ pub fn forward(_: &Sandbox, ways: &[&dyn Way], load: Load, plan: &Plan, progress
             .map(|way| Stage::open(*way, 2))
             .collect::<io::Result<Vec<Stage>>>()?;
         measure::compare(plan, &names(ways), |turn| {
-            progress(turn);
+            progress(turn)?;
             let stage = &mut stages[turn.way];
             let packet = udp_packet(
                 stage.nets[0].peer(DISCARD),
@@ -262,7 +262,7 @@ pub fn round_trip(
 ) -> io::Result<Trips> {
     let mut histograms = (0..ways.len()).map(|_| histogram()).collect::<io::Result<Vec<_>>>()?;
     let report = measure::compare(plan, &names(ways), |turn| {
-        progress(turn);
+        progress(turn)?;
         let own = histogram()?;
         let (sample, own) = one_echo(ways[turn.way], trips, own)?;
         if turn.round >= plan.warm_up {

@@ -256,10 +256,37 @@ fn quantile(sorted: &[f64], share: f64) -> f64 {
     sorted[below] + (sorted[above] - sorted[below]) * (place - below as f64)
 }
 
+/// The error by which `run` ends a [`compare`] early. Rounds that were complete by then are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stopped;
+
+impl Stopped {
+    /// Whether this is what `error` says.
+    pub fn is(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("stopped before the first round was complete")
+    }
+}
+
+impl std::error::Error for Stopped {}
+
+impl From<Stopped> for io::Error {
+    fn from(stopped: Stopped) -> Self {
+        io::Error::other(stopped)
+    }
+}
+
 /// Runs `names.len()` ways in turn and compares them. `run` gives one sample of the way whose turn it is, and may show progress.
 ///
+/// If `run` fails with [`Stopped`] and at least one round that counts is complete, the report is over the complete rounds.
+///
 /// # Errors
-/// The first error of `run` ends the comparison. InvalidInput where the plan names a baseline that is not there or no round at all, InvalidData
+/// The first other error of `run` ends the comparison. InvalidInput where the plan names a baseline that is not there or no round at all, InvalidData
 /// where a sample moved no packets or has a figure that is no finite number.
 pub fn compare(plan: &Plan, names: &[&str], mut run: impl FnMut(Turn) -> io::Result<Sample>) -> io::Result<Report> {
     if plan.baseline >= names.len() || plan.rounds == 0 {
@@ -280,15 +307,25 @@ pub fn compare(plan: &Plan, names: &[&str], mut run: impl FnMut(Turn) -> io::Res
     let rounds = plan.warm_up + plan.rounds;
     let mut samples = vec![Vec::with_capacity(plan.rounds); names.len()];
     let mut done = 0;
-    for round in 0..rounds {
+    'rounds: for round in 0..rounds {
         for place in order(names.len(), round) {
             let way = if place == given { plan.baseline } else { place };
-            let sample = run(Turn {
+            let turn = Turn {
                 way,
                 round,
                 done,
                 total: rounds * names.len(),
-            })?;
+            };
+            let sample = match run(turn) {
+                // The complete rounds, so that each ratio has both of its figures.
+                Err(error) if Stopped::is(&error) && round > plan.warm_up => {
+                    samples
+                        .iter_mut()
+                        .for_each(|samples| samples.truncate(round - plan.warm_up));
+                    break 'rounds;
+                }
+                outcome => outcome?,
+            };
             check(&names[place], &sample)?;
             if round >= plan.warm_up {
                 samples[place].push(sample);
@@ -317,6 +354,7 @@ fn check(name: &str, sample: &Sample) -> io::Result<()> {
 
 fn report(plan: &Plan, names: Vec<String>, samples: Vec<Vec<Sample>>) -> Report {
     let baseline = samples[plan.baseline].clone();
+    let rounds = baseline.len();
     let ways = names
         .into_iter()
         .zip(samples)
@@ -348,7 +386,7 @@ fn report(plan: &Plan, names: Vec<String>, samples: Vec<Vec<Sample>>) -> Report 
         })
         .collect();
     Report {
-        rounds: plan.rounds,
+        rounds,
         baseline: plan.baseline,
         ways,
     }
@@ -762,6 +800,40 @@ mod tests {
         let own = report.ways[1].figure("own").expect("reported");
         assert_eq!((own.value.median, own.ratio), (1.0, None));
         assert_eq!(report.ways[1].figure("none").and_then(|figure| figure.ratio), None);
+    }
+
+    #[test]
+    fn a_comparison_that_is_stopped_keeps_its_complete_rounds() {
+        let stop_at = |stop: usize| {
+            let plan = Plan {
+                rounds: 5,
+                warm_up: 1,
+                ..Plan::default()
+            };
+            compare(&plan, &["a", "b"], |turn| {
+                if turn.done == stop {
+                    Err(Stopped.into())
+                } else {
+                    Ok(sample(1, 1, 1))
+                }
+            })
+        };
+        // Turns 0 and 1 are the warm-up.
+        for (stop, rounds) in [(4, 1), (5, 1), (6, 2), (11, 4), (12, 5)] {
+            let report = stop_at(stop).expect("a round is complete");
+            let samples: Vec<usize> = report.ways.iter().map(|way| way.samples.len()).collect();
+            assert_eq!(
+                (report.rounds, samples),
+                (rounds, vec![rounds; 2]),
+                "stopped at turn {stop}"
+            );
+        }
+        for stop in 0..4 {
+            assert!(
+                Stopped::is(&stop_at(stop).expect_err("no round is complete")),
+                "turn {stop}"
+            );
+        }
     }
 
     #[test]

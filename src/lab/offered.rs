@@ -16,7 +16,7 @@ use hdrhistogram::Histogram;
 use super::Sandbox;
 use super::cases::{DISCARD, Progress, Stage, Way, names, told};
 use super::generator::{Config, Generated, Generator, Limit};
-use super::measure::{self, Clock, Elapsed, Plan, Report, Sample, Spread, Turn};
+use super::measure::{self, Clock, Elapsed, Plan, Report, Sample, Spread, Stopped, Turn};
 use super::process::MachineCpu;
 use super::receiver::Receiver;
 use super::results::{Curve, Line, Point};
@@ -94,7 +94,7 @@ pub fn offered(
     let mut tallies = vec![nothing; ways.len()];
     let idle = idle_share()?;
     let report = measure::compare(plan, &names(ways), |turn| {
-        progress(turn);
+        progress(turn)?;
         let one = one_offer(ways[turn.way], offer, idle)?;
         if turn.round >= plan.warm_up {
             latency[turn.way]
@@ -126,6 +126,8 @@ pub const RATES: [Option<u64>; 6] = [
 
 /// Offers each of the rates to each way in turn. `chosen` is the way that a verdict should speak of.
 ///
+/// If `progress` fails with [`Stopped`], the curve has the rates and rounds that were complete by then.
+///
 /// # Errors
 /// As [`offered`].
 pub fn curve(
@@ -150,8 +152,13 @@ pub fn curve(
                 done: number * turn.total + turn.done,
                 total: rates.len() * turn.total,
                 ..turn
-            });
-        })?;
+            })
+        });
+        let served = match served {
+            // The rates before are worth having.
+            Err(error) if Stopped::is(&error) && number > 0 => break,
+            served => served?,
+        };
         for (way, line) in lines.iter_mut().enumerate() {
             line.points.push(served.point(way, rate, plan.baseline)?);
         }

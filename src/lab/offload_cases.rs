@@ -176,7 +176,7 @@ pub fn superpackets(
             .map(|way| Stage::open(*way, 2))
             .collect::<io::Result<Vec<Stage>>>()?;
         measure::compare(plan, &names(&ways), |turn| {
-            progress(turn);
+            progress(turn)?;
             let stage = &mut stages[turn.way];
             let (from, to) = (stage.nets[0].peer(DISCARD), stage.nets[1].peer(DISCARD));
             let round = Round::new(traffic, movers[turn.way].course, load, from, to)?;

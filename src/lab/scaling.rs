@@ -113,7 +113,7 @@ pub fn scaling(_: &Sandbox, stretch: Stretch, plan: &Plan, progress: Progress<'_
     let mut hand_over = Vec::new();
     let mut shares: Vec<Vec<u64>> = crews.iter().map(|crew| vec![0; crew.queues()]).collect();
     let report = measure::compare(plan, &names, |turn| {
-        progress(turn);
+        progress(turn)?;
         let run = one_run(crews[turn.way], stretch)?;
         for (share, handled) in shares[turn.way].iter_mut().zip(run.handled) {
             *share += handled;

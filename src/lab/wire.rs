@@ -366,7 +366,7 @@ pub fn tcp(
         stages.push((stage, server));
     }
     measure::compare(plan, &names(ways), |turn| {
-        progress(turn);
+        progress(turn)?;
         let (stage, _) = &mut stages[turn.way];
         stage
             .transfer(transfer, places)
@@ -393,7 +393,7 @@ pub fn datagrams(
     let empty = Histogram::new_with_bounds(1, 1 << 32, 3).map_err(io::Error::other)?;
     let mut latency = vec![empty; ways.len()];
     let report = measure::compare(plan, &names(ways), |turn| {
-        progress(turn);
+        progress(turn)?;
         let (sample, receiver) = stages[turn.way]
             .datagrams(load, places)
             .map_err(|error| told(ways[turn.way], &error))?;

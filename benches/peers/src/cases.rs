@@ -283,7 +283,7 @@ fn plan(options: &Options) -> Plan {
 }
 
 /// Shows which sample is being taken, on a terminal.
-fn progress(title: &str) -> impl FnMut(Turn) + Send + use<> {
+fn progress(title: &str) -> impl FnMut(Turn) -> io::Result<()> + Send + use<> {
     use std::io::{IsTerminal, Write};
     let title = title.to_owned();
     let terminal = io::stderr().is_terminal();
@@ -296,5 +296,6 @@ fn progress(title: &str) -> impl FnMut(Turn) + Send + use<> {
             // Nothing is lost if it cannot be shown.
             let _ = io::stderr().flush();
         }
+        Ok(())
     }
 }

@@ -42,7 +42,9 @@ const LOAD: Load = Load {
     stretches: 3,
 };
 
-fn nothing(_: tun_driver::lab::measure::Turn) {}
+fn nothing(_: tun_driver::lab::measure::Turn) -> std::io::Result<()> {
+    Ok(())
+}
 
 #[test]
 fn every_way_drains_and_sends_each_packet() {

@@ -1,8 +1,8 @@
 //! `tun-driver bench`: the measurements, one after the other.
 
-use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
 use clap::{Args, ValueEnum};
@@ -11,7 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tun_driver::lab::Sandbox;
 use tun_driver::lab::acts;
 use tun_driver::lab::cases::{self, Load, Way};
-use tun_driver::lab::measure::{Machine, Plan, Report, Turn};
+use tun_driver::lab::measure::{Machine, Plan, Report, Stopped, Turn};
 use tun_driver::lab::offered::{self, Offer, RATES};
 use tun_driver::lab::offload_cases::{self, Load64K, Traffic};
 use tun_driver::lab::results::{Acts, Curve, Scaling};
@@ -19,7 +19,7 @@ use tun_driver::lab::scaling::{self, Stretch};
 use tun_driver::lab::ways::{ByWorker, IfaceLoop, PollLoop};
 use tun_driver::{Backend, Support, TunNode, Wait, Worker, WorkerConfig};
 
-use crate::{Failure, report};
+use crate::{Failure, report, results_folder, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -60,6 +60,16 @@ enum Case {
     Acts,
 }
 
+impl Case {
+    /// How many measurements it consists of, each with a line of progress.
+    fn parts(self) -> usize {
+        match self {
+            Case::Drain | Case::Sink | Case::Forward => SIZES.len(),
+            Case::Superpackets | Case::RoundTrip | Case::Rates | Case::Scaling | Case::Acts => 1,
+        }
+    }
+}
+
 /// What one case gave.
 pub(crate) struct Outcome {
     pub(crate) title: String,
@@ -83,6 +93,8 @@ pub(crate) struct Results {
     pub(crate) rounds: usize,
     pub(crate) rootless: bool,
     pub(crate) seconds: f64,
+    /// Why measurements are missing or rest on fewer rounds: the run was interrupted, or one of them failed.
+    pub(crate) incomplete: Option<String>,
     /// Ways that could not run here, with the reason.
     pub(crate) missing: Vec<String>,
     pub(crate) outcomes: Vec<Outcome>,
@@ -93,6 +105,9 @@ pub(crate) struct Results {
     /// How long stopping, waking and the like take.
     pub(crate) acts: Vec<Acts>,
 }
+
+/// Packet lengths of the cases that move packets.
+const SIZES: [usize; 2] = [64, 1400];
 
 /// How long the spinning worker watches before it sleeps.
 const SPIN: Duration = Duration::from_micros(100);
@@ -106,10 +121,16 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     // Before any thread is started: without root, the whole process moves.
     let sandbox = Sandbox::enter().map_err(|error| Failure::Lacking(format!("no network namespace: {error}")))?;
     // The results' folder is made first, so that a run does not end with nowhere to write.
-    fs::create_dir_all(&options.out).map_err(|error| Failure::Failed(format!("{}: {error}", options.out.display())))?;
+    results_folder(&options.out)?;
     let start = Instant::now();
-    let mut results = measure(options, &sandbox, machine)?;
+    // After the sandbox: the handler is a thread.
+    let stop = until_interrupted()?;
+    let mut results = empty(options, &sandbox, machine);
+    let outcome = measure(options, &sandbox, &mut results, stop);
     results.seconds = start.elapsed().as_secs_f64();
+    if let Err(Failure::Interrupted(why) | Failure::Failed(why)) = &outcome {
+        results.incomplete = Some(why.clone());
+    }
 
     let object = report::json(&results);
     report::write_files(&options.out, &results, &object)?;
@@ -120,30 +141,47 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         write!(out, "{}", report::text(&results))?;
         writeln!(out, "\nwritten to {}: {}", options.out.display(), report::FILES)?;
     }
-    Ok(())
+    outcome
 }
 
-fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Results, Failure> {
+/// Results in which nothing is measured yet.
+fn empty(options: &Options, sandbox: &Sandbox, machine: Machine) -> Results {
     let default_rounds = if options.quick { Plan::quick().rounds } else { 20 };
-    let rounds = options.rounds.map_or(default_rounds, |rounds| rounds as usize);
-    let plan = Plan {
-        rounds,
-        ..Plan::default()
-    };
-    let (backends, missing) = backends();
-    let mut results = Results {
+    Results {
         machine,
         command: command(),
         began: SystemTime::now(),
         quick: options.quick,
-        rounds,
+        rounds: options.rounds.map_or(default_rounds, |rounds| rounds as usize),
         rootless: sandbox.is_rootless(),
         seconds: 0.0,
-        missing,
+        incomplete: None,
+        missing: vec![],
         outcomes: vec![],
         curves: vec![],
         scalings: vec![],
         acts: vec![],
+    }
+}
+
+/// Measures one case after the other, and adds each to the results as soon as it is there.
+fn measure(options: &Options, sandbox: &Sandbox, results: &mut Results, stop: &AtomicBool) -> Result<(), Failure> {
+    let plan = Plan {
+        rounds: results.rounds,
+        ..Plan::default()
+    };
+    let (backends, missing) = backends();
+    results.missing = missing;
+    let wanted = |case: &Case| options.only.is_empty() || options.only.contains(case);
+    let parts = Case::value_variants()
+        .iter()
+        .filter(|case| wanted(case))
+        .map(|case| case.parts());
+    let mut course = Course {
+        number: 0,
+        count: parts.sum(),
+        stop,
+        cut: None,
     };
 
     let mut moving: Vec<Box<dyn Way>> = vec![Box::new(IfaceLoop { nonblocking: true })];
@@ -156,12 +194,10 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
     let moving: Vec<&dyn Way> = moving.iter().map(|way| &**way).collect();
     let waiting: Vec<&dyn Way> = waiting.iter().map(|way| &**way).collect();
 
-    let wanted = |case| options.only.is_empty() || options.only.contains(&case);
-    let sizes = [64, 1400];
-    if wanted(Case::Drain) {
-        for packet_len in sizes {
+    if wanted(&Case::Drain) {
+        for packet_len in SIZES {
             let title = format!("receive, {packet_len} B: a queue of 256 packets is emptied");
-            let report = with_progress(&title, |progress| {
+            let report = course.case(&title, |progress| {
                 cases::drain(sandbox, &moving, Load::of(packet_len), &plan, progress)
             })?;
             results
@@ -169,10 +205,10 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
                 .push(Outcome::of("drain", title, report, Some(packet_len)));
         }
     }
-    if wanted(Case::Sink) {
-        for packet_len in sizes {
+    if wanted(&Case::Sink) {
+        for packet_len in SIZES {
             let title = format!("send, {packet_len} B: dropped right behind the device");
-            let (report, sink) = with_progress(&title, |progress| {
+            let (report, sink) = course.case(&title, |progress| {
                 cases::sink(sandbox, &moving, Load::of(packet_len), &plan, progress)
             })?;
             results.outcomes.push(Outcome {
@@ -181,11 +217,11 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
             });
         }
     }
-    if wanted(Case::Forward) {
-        for packet_len in sizes {
+    if wanted(&Case::Forward) {
+        for packet_len in SIZES {
             let title = format!("forward, {packet_len} B: written to one device, read from another, by one thread");
             let load = Load::forwarding(packet_len);
-            let report = with_progress(&title, |progress| {
+            let report = course.case(&title, |progress| {
                 cases::forward(sandbox, &moving, load, &plan, progress)
             })?;
             results
@@ -193,12 +229,12 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
                 .push(Outcome::of("forward", title, report, Some(packet_len)));
         }
     }
-    if wanted(Case::Superpackets) {
-        superpackets(sandbox, &backends, &plan, &mut results)?;
+    if wanted(&Case::Superpackets) {
+        superpackets(sandbox, &backends, &plan, &mut course, results)?;
     }
-    if wanted(Case::RoundTrip) {
+    if wanted(&Case::RoundTrip) {
         let title = "round trip of one small packet at a time".to_owned();
-        let trips = with_progress(&title, |progress| {
+        let trips = course.case(&title, |progress| {
             cases::round_trip(sandbox, &waiting, 1_000, &plan, progress)
         })?;
         let outcome = Outcome::of("round_trip", title, trips.report, None);
@@ -207,12 +243,14 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
             ..outcome
         });
     }
-    if wanted(Case::Rates) {
-        results.curves.push(rates(options, sandbox, &backends, &plan)?);
+    if wanted(&Case::Rates) {
+        results
+            .curves
+            .push(rates(options, sandbox, &backends, &plan, &mut course)?);
     }
-    if wanted(Case::Scaling) {
+    if wanted(&Case::Scaling) {
         let stretch = Stretch::default();
-        let (found, beside) = with_progress("several queues are emptied at once", |progress| {
+        let (found, beside) = course.case("several queues are emptied at once", |progress| {
             scaling::scaling(sandbox, stretch, &plan, progress)
         })?;
         results.scalings.push(found);
@@ -221,21 +259,27 @@ fn measure(options: &Options, sandbox: &Sandbox, machine: Machine) -> Result<Res
             .outcomes
             .push(Outcome::of("engine", title, beside, Some(stretch.packet_len)));
     }
-    if wanted(Case::Acts) {
+    if wanted(&Case::Acts) {
         let (wakes, stops) = if options.quick { (100, 5) } else { (1_000, 30) };
-        results.acts.push(with_progress("reach a worker, stop an engine", |_| {
-            acts::acts(sandbox, wakes, stops)
-        })?);
+        results
+            .acts
+            .push(course.case("reach a worker, stop an engine", |_| acts::acts(sandbox, wakes, stops))?);
     }
-    Ok(results)
+    course.end()
 }
 
 /// TCP in one direction, in superpackets and in plain packets.
-fn superpackets(sandbox: &Sandbox, backends: &[Backend], plan: &Plan, results: &mut Results) -> Result<(), Failure> {
+fn superpackets(
+    sandbox: &Sandbox,
+    backends: &[Backend],
+    plan: &Plan,
+    course: &mut Course<'_>,
+    results: &mut Results,
+) -> Result<(), Failure> {
     let title =
         "superpackets, TCP, 65,000 B of payload: written to one device, read from another, by one thread".to_owned();
     let movers = offload_cases::movers(Traffic::Tcp, backends);
-    let report = with_progress(&title, |progress| {
+    let report = course.case(&title, |progress| {
         offload_cases::superpackets(sandbox, Traffic::Tcp, &movers, Load64K::default(), plan, progress)
     })?;
     results.outcomes.push(Outcome::of("superpackets", title, report, None));
@@ -243,7 +287,13 @@ fn superpackets(sandbox: &Sandbox, backends: &[Backend], plan: &Plan, results: &
 }
 
 /// Middling load at set rates.
-fn rates(options: &Options, sandbox: &Sandbox, backends: &[Backend], plan: &Plan) -> Result<Curve, Failure> {
+fn rates(
+    options: &Options,
+    sandbox: &Sandbox,
+    backends: &[Backend],
+    plan: &Plan,
+    course: &mut Course<'_>,
+) -> Result<Curve, Failure> {
     let mut ways: Vec<Box<dyn Way>> = vec![Box::new(PollLoop)];
     for &backend in backends {
         ways.push(Box::new(ByWorker::new(backend, Wait::Block)));
@@ -261,7 +311,7 @@ fn rates(options: &Options, sandbox: &Sandbox, backends: &[Backend], plan: &Plan
     };
     let few = [Some(50_000), Some(200_000), None];
     let rates: &[Option<u64>] = if options.quick { &few } else { &RATES };
-    with_progress("packets come at set rates", |progress| {
+    course.case("packets come at set rates", |progress| {
         offered::curve(sandbox, &ways, chosen, rates, offer, plan, progress)
     })
 }
@@ -308,25 +358,70 @@ fn backends() -> (Vec<Backend>, Vec<String>) {
     (usable, missing)
 }
 
-/// Shows on standard error how far a case is, if that is a terminal.
-fn with_progress<T>(
-    title: &str,
-    case: impl FnOnce(&mut (dyn FnMut(Turn) + Send)) -> io::Result<T>,
-) -> Result<T, Failure> {
-    let bar = if io::stderr().is_terminal() {
-        ProgressBar::new(0)
-    } else {
-        ProgressBar::hidden()
-    };
-    // A template that is not understood leaves the usual bar.
-    if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
-        bar.set_style(style);
+/// Where a run is: it says so on standard error, and ends early when it is interrupted.
+struct Course<'a> {
+    /// Of the case that is measured, from 1.
+    number: usize,
+    count: usize,
+    stop: &'a AtomicBool,
+    /// Where it was interrupted.
+    cut: Option<String>,
+}
+
+impl Course<'_> {
+    /// Measures a case. On a terminal a bar shows how far it is; elsewhere a line says that it begins.
+    fn case<T>(
+        &mut self,
+        title: &str,
+        case: impl FnOnce(&mut (dyn FnMut(Turn) -> io::Result<()> + Send)) -> io::Result<T>,
+    ) -> Result<T, Failure> {
+        self.number += 1;
+        if self.stop.load(Ordering::Relaxed) {
+            self.cut.get_or_insert_with(|| format!("before “{title}”"));
+        }
+        self.end()?;
+        let bar = if io::stderr().is_terminal() {
+            ProgressBar::new(0)
+        } else {
+            eprintln!("{} of {}: {title}", self.number, self.count);
+            ProgressBar::hidden()
+        };
+        // A template that is not understood leaves the usual bar.
+        if let Ok(style) = ProgressStyle::with_template("{msg} {wide_bar} {pos}/{len}") {
+            bar.set_style(style);
+        }
+        bar.set_message(format!("{} of {}: {title}", self.number, self.count));
+        let mut stopped = false;
+        let result = case(&mut |turn: Turn| {
+            if self.stop.load(Ordering::Relaxed) {
+                stopped = true;
+                return Err(Stopped.into());
+            }
+            bar.set_length(turn.total as u64);
+            bar.set_position(turn.done as u64);
+            Ok(())
+        });
+        bar.finish_and_clear();
+        if stopped {
+            self.cut = Some(format!("in “{title}”"));
+        }
+        match result {
+            Err(error) if Stopped::is(&error) => {
+                self.end()?;
+                Err(Failure::Interrupted(format!("interrupted in “{title}”")))
+            }
+            result => result.map_err(|error| Failure::Failed(format!("{title}: {error}"))),
+        }
     }
-    bar.set_message(title.to_owned());
-    let result = case(&mut |turn: Turn| {
-        bar.set_length(turn.total as u64);
-        bar.set_position(turn.done as u64);
-    });
-    bar.finish_and_clear();
-    result.map_err(|error| Failure::Failed(format!("{title}: {error}")))
+
+    /// Fails if it was interrupted.
+    fn end(&self) -> Result<(), Failure> {
+        match &self.cut {
+            Some(place) => Err(Failure::Interrupted(format!(
+                "interrupted {place}, {} of {} cases",
+                self.number, self.count
+            ))),
+            None => Ok(()),
+        }
+    }
 }

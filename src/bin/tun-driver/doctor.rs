@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use clap::Args;
 use serde_json::json;
 use tun_driver::lab::Sandbox;
-use tun_driver::{Backend, Builder, Mode, OpenError, Support, TunNode, Worker, WorkerConfig};
+use tun_driver::{Backend, Builder, Mode, Support, TunNode, Worker, WorkerConfig};
 
 use crate::Failure;
 
@@ -45,6 +45,20 @@ impl State {
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let findings = examine();
+    write(options, &findings)?;
+    let missing: Vec<&str> = findings
+        .iter()
+        .filter(|finding| finding.state == State::Missing)
+        .map(|finding| finding.name)
+        .collect();
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(Failure::Missing(missing))
+    }
+}
+
+fn write(options: &Options, findings: &[Finding]) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if options.json {
         let told: Vec<_> = findings
@@ -57,7 +71,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         writeln!(out, "{all:#}")?;
         return Ok(());
     }
-    for finding in &findings {
+    for finding in findings {
         writeln!(out, "{:<8} {:<18} {}", finding.state.word(), finding.name, finding.told)?;
         if let Some(remedy) = &finding.remedy {
             writeln!(out, "{:<27} -> {remedy}", "")?;
@@ -82,7 +96,7 @@ fn examine() -> Vec<Finding> {
         "CAP_NET_ADMIN",
         (
             "this process has it",
-            "this process has it not: it may attach to devices made for it, but make none",
+            "this process lacks it: it can attach to existing devices it owns, but cannot create them",
         ),
         "run as root, or: setcap cap_net_admin+ep PROGRAM",
     ));
@@ -93,7 +107,7 @@ fn examine() -> Vec<Finding> {
         remedy: None,
     });
     // Last, because without root it moves the whole process into a user namespace.
-    findings.push(sandbox());
+    findings.push(sandbox(&support));
     findings
 }
 
@@ -108,25 +122,26 @@ fn kernel(support: &Support) -> Finding {
 }
 
 fn node(support: &Support) -> Finding {
-    let (state, told, remedy) = match support.tun_node {
-        TunNode::Opens => (State::Good, "can be opened".to_owned(), None),
-        TunNode::Missing => (
-            State::Missing,
-            "there is none".to_owned(),
-            Some("modprobe tun; in a container: --device /dev/net/tun"),
-        ),
-        TunNode::Refused(errno) => (
-            State::Missing,
-            io::Error::from_raw_os_error(errno).to_string(),
-            Some("run as root, or: chmod 0666 /dev/net/tun; in a container: --device /dev/net/tun"),
-        ),
-        _ => (State::Missing, "unknown".to_owned(), None),
+    let (state, told) = match support.tun_node {
+        TunNode::Opens => (State::Good, "can be opened".to_owned()),
+        TunNode::Missing => (State::Missing, "there is none".to_owned()),
+        TunNode::Refused(errno) => (State::Missing, io::Error::from_raw_os_error(errno).to_string()),
+        _ => (State::Missing, "unknown".to_owned()),
     };
     Finding {
         name: "/dev/net/tun",
         state,
         told,
-        remedy: remedy.map(str::to_owned),
+        remedy: node_remedy(support.tun_node).map(str::to_owned),
+    }
+}
+
+/// What to do about a node that cannot be opened.
+fn node_remedy(node: TunNode) -> Option<&'static str> {
+    match node {
+        TunNode::Opens => None,
+        TunNode::Missing => Some("modprobe tun; in a container: --device /dev/net/tun"),
+        _ => Some("run as root, or: chmod 0666 /dev/net/tun; in a container: --device /dev/net/tun"),
     }
 }
 
@@ -218,23 +233,41 @@ fn backend() -> Finding {
 }
 
 /// Whether `bench` and the tests can run here.
-fn sandbox() -> Finding {
-    let name = "sandbox";
-    let made = Sandbox::enter().map_err(|error| error.to_string()).and_then(|sandbox| {
-        let opened: Result<_, OpenError> = Builder::new("doctor%d", Mode::Tun).open();
-        opened.map(|_| sandbox.is_rootless()).map_err(|error| error.to_string())
-    });
-    match made {
-        Ok(rootless) => {
-            let how = if rootless { "in a user namespace" } else { "as root" };
-            Finding { name, state: State::Good, told: format!("devices can be made in a namespace of one's own, {how}"), remedy: None }
+fn sandbox(support: &Support) -> Finding {
+    let missing = |told: String, remedy: Option<&str>| Finding {
+        name: "sandbox",
+        state: State::Missing,
+        told,
+        remedy: remedy.map(str::to_owned),
+    };
+    let sandbox = match Sandbox::enter() {
+        Ok(sandbox) => sandbox,
+        Err(error) => {
+            return missing(
+                error.to_string(),
+                Some(
+                    "run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)",
+                ),
+            );
         }
-        Err(told) => Finding {
-            name,
-            state: State::Missing,
-            told,
-            remedy: Some("run as root, or allow user namespaces (sysctl kernel.unprivileged_userns_clone, kernel.apparmor_restrict_unprivileged_userns)".to_owned()),
-        },
+    };
+    if let Err(error) = Builder::new("doctor%d", Mode::Tun).open() {
+        // The namespace was made, so only the node can be at fault, or what the error says itself.
+        return missing(
+            format!("a namespace can be made, but no device in it: {error}"),
+            node_remedy(support.tun_node),
+        );
+    }
+    let how = if sandbox.is_rootless() {
+        "in a user namespace"
+    } else {
+        "as root"
+    };
+    Finding {
+        name: "sandbox",
+        state: State::Good,
+        told: format!("devices can be made in a separate namespace, {how}"),
+        remedy: None,
     }
 }
 

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use tun_driver::lab::generator::{self, Config, Generated, Generator, Limit, Way};
 
-use crate::{Failure, seconds, until_interrupted};
+use crate::{Failure, number, per_second, seconds, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -24,14 +24,14 @@ pub(crate) struct Options {
     /// Bytes of each packet from the IP header on.
     #[arg(long, value_name = "BYTES", default_value_t = 64)]
     length: usize,
-    /// Packets per second of all flows together, or `max`.
+    /// Packets per second of all flows together, such as 200000, 200k or 1.5M, or `max`.
     #[arg(long, value_name = "N|max", default_value = "10000", value_parser = rate)]
     rate: Rate,
     /// For how long, in seconds.
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds, conflicts_with = "count")]
     duration: Duration,
     /// How many packets, however long it takes.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = number)]
     count: Option<u64>,
     /// The CPU to send from.
     #[arg(long, value_name = "N")]
@@ -49,7 +49,7 @@ pub(crate) struct Options {
     #[arg(long)]
     ceiling: bool,
     /// End with exit code 3 if fewer packets per second were sent.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = per_second)]
     min_rate: Option<f64>,
     /// Print JSON instead of a line.
     #[arg(long)]
@@ -136,9 +136,9 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
 fn rate(text: &str) -> Result<Rate, String> {
     match text {
         "max" => Ok(Rate(None)),
-        _ => match text.parse() {
+        _ => match number(text) {
             Ok(rate) if rate > 0 => Ok(Rate(Some(rate))),
-            _ => Err("packets per second from 1 on, or max".to_owned()),
+            _ => Err("not packets per second from 1 on, such as 200000, 200k or 1.5M, or max".to_owned()),
         },
     }
 }

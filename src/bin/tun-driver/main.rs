@@ -1,6 +1,7 @@
 //! The tool `tun-driver`: what this host can do, and how fast it does it.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit that the caller set was missed, 77 skipped because the host lacks something.
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit that the caller set was missed, 77 the host lacks something,
+//! 130 interrupted before it was complete (what was measured by then is written, and marked).
 
 mod bench;
 mod doctor;
@@ -9,15 +10,18 @@ mod receive;
 mod report;
 mod throughput;
 
-use std::process::ExitCode;
+use std::any::TypeId;
+use std::path::{Path, PathBuf};
+use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+use std::{fs, io};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Packet I/O for Linux gateways: look at this host, and measure it.
 #[derive(Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(name = "tun-driver", version, arg_required_else_help = true)]
 struct Arguments {
     #[command(subcommand)]
     verb: Verb,
@@ -25,12 +29,19 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Measures receive, send, forward and round trip in a network namespace of its own, each backend against the plain loop.
+    /// Measures the library in a throw-away network namespace, each backend against the plain loop.
+    ///
+    /// Receive, send, forward, superpackets, round trips, set rates, several queues and workers, and how long it takes to reach a worker
+    /// and to stop an engine; `--only` selects among them.
     ///
     /// Changes nothing on the host: devices, addresses and packets live in a namespace that ends with the run. Needs root, or user
     /// namespaces and a /dev/net/tun that may be opened.
+    ///
+    /// Ctrl-C ends it early with exit code 130: what was measured by then is written, and marked as incomplete.
     Bench(bench::Options),
-    /// Tells what this host can do, a line each, with the remedy for what is missing.
+    /// Reports what this host supports, a line each, with the remedy for what is missing.
+    ///
+    /// Exit code 77 if something is missing; what only works less well is "reduced", and no failure.
     Doctor(doctor::Options),
     /// Sends stamped test packets on a fixed schedule, from the network namespace in which it is started.
     ///
@@ -54,8 +65,12 @@ enum Failure {
     Usage(String),
     /// It ran, and a limit that the caller set was missed.
     Missed(String),
-    /// The host lacks something.
+    /// The host lacks something, so nothing was done.
     Lacking(String),
+    /// It ran, and reports that the host lacks these.
+    Missing(Vec<&'static str>),
+    /// It was interrupted before it was complete.
+    Interrupted(String),
 }
 
 impl From<std::io::Error> for Failure {
@@ -65,7 +80,8 @@ impl From<std::io::Error> for Failure {
 }
 
 fn main() -> ExitCode {
-    let outcome = match Arguments::parse().verb {
+    let arguments = Arguments::from_arg_matches(&command().get_matches()).unwrap_or_else(|error| error.exit());
+    let outcome = match arguments.verb {
         Verb::Bench(options) => bench::run(&options),
         Verb::Doctor(options) => doctor::run(&options),
         Verb::Generate(options) => generate::run(&options),
@@ -90,7 +106,48 @@ fn main() -> ExitCode {
             eprintln!("tun-driver: skipped: {what}\n`tun-driver doctor` tells what this host can do.");
             ExitCode::from(77)
         }
+        Err(Failure::Missing(what)) => {
+            eprintln!("tun-driver: missing: {}", what.join(", "));
+            ExitCode::from(77)
+        }
+        Err(Failure::Interrupted(place)) => {
+            eprintln!("tun-driver: {place}; what was measured is written, and marked as incomplete");
+            ExitCode::from(130)
+        }
     }
+}
+
+/// The command line. A word that begins with a hyphen is the value of an option that takes no text, so that `--duration -1` is refused as a
+/// duration, by name, and not as an unknown option.
+fn command() -> clap::Command {
+    Arguments::command().mut_subcommands(|verb| {
+        verb.mut_args(|option| {
+            let kind = option.get_value_parser().type_id();
+            let text = kind == TypeId::of::<String>() || kind == TypeId::of::<PathBuf>();
+            if option.get_action().takes_values() && !text {
+                option.allow_hyphen_values(true)
+            } else {
+                option
+            }
+        })
+    })
+}
+
+/// Makes the folder for the results, and makes sure that files can be written there.
+fn results_folder(folder: &Path) -> Result<(), Failure> {
+    let failed = |error: io::Error| {
+        let remedy = match error.kind() {
+            io::ErrorKind::AlreadyExists | io::ErrorKind::NotADirectory => "a file is in the way; name a folder",
+            _ => "name a folder that can be written to",
+        };
+        Failure::Failed(format!("--out {}: {error}: {remedy}", folder.display()))
+    };
+    fs::create_dir_all(folder).map_err(failed)?;
+    // A folder that is there may refuse files, and a run must not end with nowhere to write.
+    let probe = folder.join(format!(".tun-driver-{}", process::id()));
+    fs::write(&probe, "")
+        .and_then(|()| fs::remove_file(&probe))
+        .map_err(failed)
 }
 
 /// A flag that Ctrl-C sets, or SIGTERM or SIGHUP. Once per process.
@@ -106,6 +163,112 @@ fn seconds(text: &str) -> Result<Duration, String> {
     text.parse()
         .ok()
         .filter(|&seconds| seconds > 0.0 && seconds < 31_536_000.0)
-        .map(Duration::from_secs_f64)
-        .ok_or_else(|| "seconds, such as 10 or 0.5".to_owned())
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| "not a time in seconds above 0 and below a year, such as 10 or 0.5".to_owned())
+}
+
+/// A number on the command line that may be large: 200000, 200k, 1.5M or 1G.
+fn number(text: &str) -> Result<u64, String> {
+    let unknown = || "not a whole number, such as 200000, 200k or 1.5M".to_owned();
+    let (digits, factor) = match text.char_indices().last() {
+        Some((end, 'k' | 'K')) => (&text[..end], 1_000),
+        Some((end, 'M')) => (&text[..end], 1_000_000),
+        Some((end, 'G')) => (&text[..end], 1_000_000_000),
+        _ => (text, 1),
+    };
+    if let Ok(whole) = digits.parse::<u64>() {
+        return whole.checked_mul(factor).ok_or_else(|| "more than 2^64".to_owned());
+    }
+    // With a point. Written without sign and exponent, so that only what a person would write is taken.
+    if factor == 1 || digits.starts_with('.') || !digits.chars().all(|digit| digit.is_ascii_digit() || digit == '.') {
+        return Err(unknown());
+    }
+    let value = digits.parse::<f64>().map_err(|_| unknown())? * factor as f64;
+    if value.fract() != 0.0 || value >= 2_f64.powi(53) {
+        return Err(unknown());
+    }
+    Ok(value as u64)
+}
+
+/// As [`number`], from 1 on.
+fn positive(text: &str) -> Result<u64, String> {
+    number(text).and_then(|number| {
+        if number > 0 {
+            Ok(number)
+        } else {
+            Err("0, but at least 1 is needed".to_owned())
+        }
+    })
+}
+
+/// As [`number`], for what may have a fraction: packets per second.
+fn per_second(text: &str) -> Result<f64, String> {
+    match (number(text), text.parse::<f64>()) {
+        (Ok(whole), _) => Ok(whole as f64),
+        (Err(_), Ok(value)) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err("not a rate in packets per second, such as 200000, 200k or 1.5M".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_take_k_m_and_g() {
+        for (text, value) in [
+            ("0", 0),
+            ("200000", 200_000),
+            ("200k", 200_000),
+            ("200K", 200_000),
+            ("1.5M", 1_500_000),
+            ("0.25k", 250),
+            ("3G", 3_000_000_000),
+            ("18446744073709551615", u64::MAX),
+        ] {
+            assert_eq!(number(text), Ok(value), "{text}");
+        }
+        for wrong in [
+            "",
+            "k",
+            "M",
+            "-1",
+            "-1k",
+            "1.5",
+            "1.0001k",
+            ".5M",
+            "1e6",
+            "1e3k",
+            "1 k",
+            "1kk",
+            "nan",
+            "infM",
+            "20000000000G",
+            "µ",
+            "5µ",
+            "1m",
+        ] {
+            assert!(number(wrong).is_err(), "{wrong}: {:?}", number(wrong));
+        }
+        assert_eq!((per_second("1.5M"), per_second("0.5")), (Ok(1_500_000.0), Ok(0.5)));
+        for wrong in ["-1", "nan", "inf", "", "1m"] {
+            assert!(per_second(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn times_are_above_zero_and_below_a_year() {
+        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
+        for wrong in [
+            "", "0", "-1", "-0.5", "nan", "inf", "1s", "1e-300", "1e9", "31536000", "x",
+        ] {
+            assert!(seconds(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        command().debug_assert();
+    }
 }

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tun_driver::lab::process;
 use tun_driver::lab::receiver::{Receiver, SocketReceiver, Until};
 
-use crate::{Failure, report, seconds, until_interrupted};
+use crate::{Failure, number, per_second, report, seconds, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -22,7 +22,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     flows: u32,
     /// End when as many packets have come. Those of them that are missing at the end count as lost.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = number)]
     count: Option<u64>,
     /// End after this time, in seconds.
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
@@ -40,10 +40,10 @@ pub(crate) struct Options {
     #[arg(long, value_name = "FILE")]
     hgrm: Option<PathBuf>,
     /// End with exit code 3 if more was lost, in percent.
-    #[arg(long, value_name = "PERCENT")]
+    #[arg(long, value_name = "PERCENT", value_parser = percent)]
     max_loss: Option<f64>,
     /// End with exit code 3 if fewer packets per second came, from the first to the last.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = per_second)]
     min_rate: Option<f64>,
     /// Print JSON instead of a line.
     #[arg(long)]
@@ -113,6 +113,14 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         ))),
         _ => Ok(()),
     }
+}
+
+/// A share from 0 to 100.
+fn percent(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|percent| (0.0..=100.0).contains(percent))
+        .ok_or_else(|| "not a number from 0 to 100".to_owned())
 }
 
 struct Results {

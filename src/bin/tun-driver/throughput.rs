@@ -1,6 +1,5 @@
 //! `tun-driver throughput`: what an engine forwards without loss, and how long packets take, over links that the caller has made.
 
-use std::fs;
 use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -16,7 +15,7 @@ use tun_driver::lab::throughput::{Layout, Load, Measured, Mode, Rig, Setup, Size
 use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Wait, WorkerConfig};
 
-use crate::{Failure, report, seconds, until_interrupted};
+use crate::{Failure, positive, report, results_folder, seconds, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -46,11 +45,11 @@ pub(crate) struct Options {
     /// Bytes of each frame with its frame check sequence, 64 to 1518, or imix.
     #[arg(long, value_delimiter = ',', value_name = "BYTES,…", default_value = "64,1518")]
     sizes: Vec<Size>,
-    /// Packets per second, instead of a search.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    /// Packets per second, such as 200000, 200k or 1.5M, instead of a search.
+    #[arg(long, value_name = "N", value_parser = positive)]
     rate: Option<u64>,
     /// Packets of each trial, instead of a time and a search.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = positive)]
     count: Option<u64>,
     /// The highest rate without loss (ndr), and with no more than half a per cent (pdr); none measures the maximum only.
     #[arg(
@@ -263,7 +262,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     }
     let stop = until_interrupted()?;
     let source = check(options, &layout)?;
-    fs::create_dir_all(&options.out).map_err(|error| Failure::Failed(format!("{}: {error}", options.out.display())))?;
+    results_folder(&options.out)?;
     let mut run = Run {
         options,
         layout,

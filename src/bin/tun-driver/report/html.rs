@@ -1,7 +1,8 @@
 //! The report as one page of HTML that needs nothing else: no script, no font, no picture from elsewhere.
 
 use hdrhistogram::Histogram;
-use tun_driver::lab::measure::Spread;
+use tun_driver::lab::measure::{Report, Spread};
+use tun_driver::lab::offload_cases::GBIT;
 use tun_driver::lab::results::{Acts, Curve, Point, Scaling};
 
 use super::markup::{Node, node};
@@ -73,7 +74,7 @@ const CASES: &[(&str, &str, &str)] = &[
         "superpackets",
         "Superpackets",
         "One thread writes TCP to one device; the kernel routes it to another, where the same thread reads it: in plain packets, or in superpackets of \
-         64 KiB, which devices with offloads take and give. Packets are the segments that they stand for.",
+         64 KiB, which devices with offloads take and give. In the table, packets are the segments that a superpacket stands for.",
     ),
     (
         "round_trip",
@@ -87,53 +88,55 @@ const CASES: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// How each way is drawn, the same everywhere. Baselines share the first look.
+/// How each way is drawn, the same everywhere. Baselines share the first look. No two ways of one plot look the same, as long as there are looks
+/// enough for that plot.
 struct Looks {
-    ways: Vec<String>,
+    ways: Vec<(String, usize)>,
     baselines: Vec<String>,
 }
 
 impl Looks {
-    fn of<'a>(results: &'a Results) -> Self {
+    fn of(results: &Results) -> Self {
         let mut looks = Self {
             ways: Vec::new(),
             baselines: Vec::new(),
         };
-        // Superpackets last, as they have ways of their own: the others are to differ first.
-        let (last, first): (Vec<&Outcome>, Vec<&Outcome>) = results
-            .outcomes
-            .iter()
-            .partition(|outcome| outcome.key == "superpackets");
-        let in_cases = |outcomes: Vec<&'a Outcome>| {
-            let reports = outcomes.into_iter().map(|outcome| &outcome.report);
-            reports.map(|report| (report.baseline, report.ways.iter().map(|way| &way.name).collect()))
-        };
+        let in_cases = results.outcomes.iter().map(|outcome| {
+            let report = &outcome.report;
+            (report.baseline, report.ways.iter().map(|way| &way.name).collect())
+        });
         let in_curves = results
             .curves
             .iter()
             .map(|curve| (curve.baseline, curve.lines.iter().map(|line| &line.way).collect()));
-        let all: Vec<(usize, Vec<&String>)> = in_cases(first).chain(in_curves).chain(in_cases(last)).collect();
+        let all: Vec<(usize, Vec<&String>)> = in_cases.chain(in_curves).collect();
         looks.baselines = all
             .iter()
             .filter_map(|(baseline, ways)| ways.get(*baseline))
             .map(|way| (*way).clone())
             .collect();
         for way in all.iter().flat_map(|(_, ways)| ways) {
-            if !looks.ways.contains(way) && !looks.baselines.contains(way) {
-                looks.ways.push((*way).clone());
+            if looks.baselines.contains(way) || looks.ways.iter().any(|(known, _)| known == *way) {
+                continue;
             }
+            let beside: Vec<usize> = all
+                .iter()
+                .filter(|(_, ways)| ways.contains(way))
+                .flat_map(|(_, ways)| ways)
+                .map(|other| looks.look(other))
+                .collect();
+            let taken = |look: &usize| looks.ways.iter().any(|(_, other)| other == look);
+            // One that no way has; if there is none, one that no way beside it has.
+            let own = (1..LOOKS).find(|look| !taken(look));
+            let own = own.or_else(|| (1..LOOKS).find(|look| !beside.contains(look)));
+            looks.ways.push(((*way).clone(), own.unwrap_or(LOOKS - 1)));
         }
         looks
     }
 
     fn look(&self, way: &str) -> usize {
-        if self.baselines.iter().any(|baseline| baseline == way) {
-            return 0;
-        }
-        self.ways
-            .iter()
-            .position(|known| known == way)
-            .map_or(0, |place| 1 + place % (LOOKS - 1))
+        let found = self.ways.iter().find(|(known, _)| known == way);
+        found.map_or(0, |&(_, look)| look)
     }
 }
 
@@ -152,6 +155,10 @@ fn header(results: &Results) -> Node {
             })
     });
     let mut header = node("header").child(node("h1").text("tun-driver bench"));
+    if let Some(why) = &results.incomplete {
+        let told = format!("Incomplete: {why}. What is missing here was not measured.");
+        header = header.child(node("p").class("warning").text(told));
+    }
     if results.quick {
         header = header.child(
             node("p")
@@ -161,7 +168,7 @@ fn header(results: &Results) -> Node {
     }
     let from = provenance(results)
         .into_iter()
-        .filter(|(about, _)| *about != "Quick run");
+        .filter(|(about, _)| !["Quick run", "INCOMPLETE"].contains(about));
     header
         .child(node("div").class("verdict").children(sentences))
         .child(described(from.map(|(about, told)| (about.to_owned(), told))))
@@ -177,13 +184,14 @@ fn case(heading: &str, told: &str, outcomes: &[&Outcome], looks: &Looks) -> Node
     let (moving, trips): (Vec<&Outcome>, Vec<&Outcome>) =
         outcomes.iter().partition(|outcome| outcome.histograms.is_empty());
     if !moving.is_empty() {
+        let unit = Unit::of(&moving);
         let all = moving
             .iter()
-            .flat_map(|outcome| (0..outcome.report.ways.len()).filter_map(|way| tables::mpps(&outcome.report, way)));
+            .flat_map(|outcome| (0..outcome.report.ways.len()).filter_map(|way| unit.value(&outcome.report, way)));
         // One scale for all, so that bars of different plots compare.
         let scale = Scale::from_zero(all.map(|value| value.upper_quartile).fold(0.0, f64::max));
         let cells = moving.iter().map(|outcome| {
-            let plot = figure(&size(outcome), svg::bars(&throughput(outcome, looks, scale)));
+            let plot = figure(&size(outcome), svg::bars(&throughput(outcome, looks, scale, unit)));
             node("div")
                 .class("cell")
                 .child(plot)
@@ -221,27 +229,71 @@ fn size(outcome: &Outcome) -> String {
         .map_or(outcome.title.clone(), |bytes| format!("Packets of {bytes} bytes"))
 }
 
-fn throughput(outcome: &Outcome, looks: &Looks, scale: Scale) -> Bars {
+/// What the bars of a case show.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unit {
+    /// Where the ways' packets are of one length.
+    Packets,
+    /// Where a packet of one way stands for many of another.
+    Bytes,
+}
+
+impl Unit {
+    fn of(outcomes: &[&Outcome]) -> Self {
+        let has_bytes = outcomes
+            .iter()
+            .any(|outcome| outcome.report.ways.iter().any(|way| way.figure(GBIT).is_some()));
+        if has_bytes { Unit::Bytes } else { Unit::Packets }
+    }
+
+    fn value(self, report: &Report, way: usize) -> Option<Spread> {
+        match self {
+            Unit::Packets => tables::mpps(report, way),
+            Unit::Bytes => Some(report.ways.get(way)?.figure(GBIT)?.value),
+        }
+    }
+
+    fn short(self) -> &'static str {
+        match self {
+            Unit::Packets => "Mpps",
+            Unit::Bytes => "Gbit/s",
+        }
+    }
+
+    fn long(self) -> &'static str {
+        match self {
+            Unit::Packets => "million packets per second of one core",
+            Unit::Bytes => "Gbit/s of payload, by one core",
+        }
+    }
+}
+
+fn throughput(outcome: &Outcome, looks: &Looks, scale: Scale, unit: Unit) -> Bars {
     let report = &outcome.report;
     let rows = report.ways.iter().enumerate().filter_map(|(index, way)| {
-        let value = tables::mpps(report, index)?;
-        let ratio = way
-            .cpu_ratio()
-            .map_or(String::new(), |ratio| format!(", CPU ratio {:.2}", ratio.median));
+        let value = unit.value(report, index)?;
+        let ratio = way.cpu_ratio().map_or(String::new(), |ratio| {
+            format!(", CPU ratio {}", numbers::ratio(&ratio).0)
+        });
+        let told = match unit {
+            Unit::Packets => format!("{:.2}", value.median),
+            Unit::Bytes => numbers::short(value.median),
+        };
         Some(bar(
             &way.name,
-            &format!("{:.2} Mpps{ratio}", value.median),
+            &format!("{told} {}{ratio}", unit.short()),
             looks.look(&way.name),
             &value,
-            "Mpps",
+            unit.short(),
         ))
     });
     Bars {
         told: format!(
-            "Bars: million packets per second of one core, for each way; {}. The table below has the numbers.",
+            "Bars: {}, for each way; {}. The table below has the numbers.",
+            unit.long(),
             outcome.title
         ),
-        axis: "million packets per second of one core; longer is better".to_owned(),
+        axis: format!("{}; longer is better", unit.long()),
         scale,
         rows: rows.collect(),
     }
@@ -430,9 +482,11 @@ fn curve(curve: &Curve, looks: &Looks) -> Node {
         .child(plot("CPU of the process per packet", "µs", &|point| {
             micros(point.cpu_ns_per_packet)
         }))
-        .child(plot("CPU of the rest of the machine, per packet", "µs", &|point| {
-            micros(point.machine_cpu_ns_per_packet)
-        }))
+        .child(plot(
+            "CPU of the whole machine but for the generator, per packet",
+            "µs",
+            &|point| micros(point.machine_cpu_ns_per_packet),
+        ))
         .child(plot("Latency: half of the packets are faster than", "µs", &|point| {
             point.p50_us
         }))
@@ -505,7 +559,7 @@ fn scaling(scaling: &Scaling) -> Node {
             let value = scaled(row.pps, 1e-6);
             let ratio = row
                 .ratio
-                .map_or(String::new(), |ratio| format!(", ratio {:.2}", ratio.median));
+                .map_or(String::new(), |ratio| format!(", ratio {}", numbers::ratio(&ratio).0));
             bar(
                 &row.name,
                 &format!("{:.2} Mpps{ratio}", value.median),
@@ -707,6 +761,86 @@ mod tests {
                     .clone()
                     .all(|node| node.attribute("title").is_some_and(|told| told.len() > 8))
         );
+    }
+
+    #[test]
+    fn no_two_lines_of_a_plot_look_the_same() {
+        let page = page(&sample::results());
+        let page = parsed(&page);
+        let class = |node: &roxmltree::Node<'_, '_>| node.attribute("class").unwrap_or("").to_owned();
+        let mut plots = 0;
+        for plot in page.descendants().filter(|node| class(node) == "plot") {
+            let lines = plot
+                .descendants()
+                .filter(|node| node.has_tag_name("g") && node.children().any(|child| class(&child) == "line"));
+            let mut looks: Vec<String> = lines.map(|line| class(&line)).collect();
+            let count = looks.len();
+            looks.sort();
+            looks.dedup();
+            assert_eq!(looks.len(), count, "{:?}", plot.attribute("aria-label"));
+            plots += usize::from(count > 1);
+        }
+        assert!(plots >= 5, "round trips, and four over rates");
+        for legend in page.descendants().filter(|node| class(node) == "legend") {
+            let mut looks: Vec<String> = legend
+                .descendants()
+                .filter(|node| node.has_tag_name("svg"))
+                .map(|one| class(&one))
+                .collect();
+            let count = looks.len();
+            looks.sort();
+            looks.dedup();
+            assert_eq!(looks.len(), count);
+        }
+    }
+
+    #[test]
+    fn plots_beyond_the_number_of_looks_still_differ_inside_each() {
+        let mut results = sample::results();
+        // Cases of three ways each, all with names that nothing else has.
+        for (number, outcome) in results.outcomes.iter_mut().enumerate() {
+            for way in &mut outcome.report.ways[1..] {
+                way.name = format!("{} {number}", way.name);
+            }
+        }
+        let looks = Looks::of(&results);
+        for outcome in &results.outcomes {
+            let mut used: Vec<usize> = outcome.report.ways.iter().map(|way| looks.look(&way.name)).collect();
+            let count = used.len();
+            used.sort_unstable();
+            used.dedup();
+            assert_eq!(used.len(), count, "{}", outcome.title);
+        }
+    }
+
+    #[test]
+    fn superpackets_are_drawn_in_gbit_and_all_else_in_packets() {
+        let page = page(&sample::results());
+        let section = |heading: &str| {
+            let from = page.find(&format!("<h2>{heading}</h2>")).unwrap();
+            let section = &page[from..];
+            section[..section.find("<table").unwrap()].to_owned()
+        };
+        let supers = section("Superpackets");
+        assert!(
+            supers.contains("Gbit/s of payload") && !supers.contains("Mpps"),
+            "{supers}"
+        );
+        let small = section("Receive");
+        assert!(small.contains("Mpps") && !small.contains("Gbit/s"), "{small}");
+    }
+
+    #[test]
+    fn an_incomplete_run_says_so_first_and_a_complete_one_does_not() {
+        let mut results = sample::results();
+        assert!(!page(&results).contains("Incomplete"));
+        results.incomplete = Some("interrupted in “receive”".to_owned());
+        let page = page(&results);
+        let (told, first) = (
+            page.find("Incomplete: interrupted in “receive”").unwrap(),
+            page.find("class=\"verdict\"").unwrap(),
+        );
+        assert!(told < first);
     }
 
     #[test]

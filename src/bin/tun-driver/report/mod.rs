@@ -72,7 +72,12 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
     } else {
         format!("{:.0} min", seconds / 60.0)
     };
-    let mut lines = vec![
+    let incomplete = results
+        .incomplete
+        .iter()
+        .map(|why| ("INCOMPLETE", format!("{why}. What is missing here was not measured.")));
+    let mut lines: Vec<_> = incomplete.collect();
+    lines.extend([
         (
             "Machine",
             format!(
@@ -96,7 +101,7 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
             ),
         ),
         ("Command", results.command.clone()),
-    ];
+    ]);
     if results.quick {
         lines.push((
             "Quick run",

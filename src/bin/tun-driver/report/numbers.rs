@@ -41,8 +41,11 @@ pub(super) fn quartiles(value: &Spread, scale: f64) -> String {
     format!("{low:.decimals$}–{high:.decimals$}")
 }
 
-/// Ratios have two decimals.
+/// Ratios have two decimals; below 0.1 three digits, as 0.07 stands for anything from 0.065 to 0.075.
 pub(super) fn ratio(value: &Spread) -> (String, String) {
+    if value.median < 0.0995 {
+        return (short(value.median), quartiles(value, 1.0));
+    }
     (
         format!("{:.2}", value.median),
         format!("{:.2}–{:.2}", value.lower_quartile, value.upper_quartile),
@@ -110,6 +113,15 @@ mod tests {
         assert_eq!(quartiles(&spread, 1.0), "9.5–10.5");
         assert_eq!(quartiles(&spread, 100.0), "950–1050", "1000 stands for 995 to 1005");
         assert_eq!(quartiles(&spread, 100.1), "950–1050", "so 951 and 1051 are too fine");
+    }
+
+    #[test]
+    fn small_ratios_keep_three_digits() {
+        let told = |values: &[f64]| ratio(&Spread::of(values).unwrap());
+        assert_eq!(told(&[0.066, 0.068, 0.07]), ("0.0680".into(), "0.0670–0.0690".into()));
+        assert_eq!(told(&[0.71, 0.72, 0.73]), ("0.72".into(), "0.71–0.72".into()));
+        assert_eq!(told(&[0.0999]).0, "0.10");
+        assert_eq!(told(&[14.3, 14.6, 14.9]).0, "14.60");
     }
 
     #[test]

@@ -11,7 +11,7 @@ const WIDTH: f64 = 480.0;
 const LETTER: f64 = 6.6;
 
 /// How many ways look different from each other. The first look is that of the baseline.
-pub(super) const LOOKS: usize = 8;
+pub(super) const LOOKS: usize = 12;
 
 /// From values to places between 0 and 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -410,7 +410,20 @@ fn text(x: f64, y: f64, anchor: &str, text: &str) -> Node {
 }
 
 fn dashes(look: usize) -> &'static str {
-    ["none", "none", "7 3", "2 3", "9 3 2 3", "4 2", "12 4", "2 2 6 2"][look % LOOKS]
+    [
+        "none",
+        "14 2",
+        "7 3",
+        "2 3",
+        "9 3 2 3",
+        "4 2",
+        "12 5",
+        "2 2 6 2",
+        "5 5",
+        "9 2 2 2 2 2",
+        "1 2",
+        "16 3 6 3",
+    ][look % LOOKS]
 }
 
 fn marker(look: usize, x: f64, y: f64, mark: Mark) -> Node {
@@ -423,6 +436,10 @@ fn marker(look: usize, x: f64, y: f64, mark: Mark) -> Node {
         "m-6-2h12v4h-12z",                              // lying bar
         "m-2-6h4v12h-4z",                               // standing bar
         "m-5-5l5 2l5-2l-2 5l2 5l-5-2l-5 2l2-5z",        // star
+        "m-5-2h3v-3h4v3h3v4h-3v3h-4v-3h-3z",            // cross
+        "m-5-5h10l-10 10h10z",                          // hourglass
+        "m-5-5v10l10-10v10z",                           // hourglass on its side
+        "m-3-5h6l3 5l-3 5h-6l-3-5z",                    // hexagon
     ][look % LOOKS];
     let class = if mark == Mark::Hollow { "mark hollow" } else { "mark" };
     node("path").class(class).with("d", format!("M{x:.1} {y:.1}{shape}"))
@@ -497,6 +514,28 @@ mod tests {
             .map(|look| marker(look, 0.0, 0.0, Mark::Full).to_string())
             .collect();
         assert_eq!(looks.len(), LOOKS);
+        let lines: std::collections::BTreeSet<&str> = (0..LOOKS).map(dashes).collect();
+        assert_eq!(lines.len(), LOOKS);
+    }
+
+    #[test]
+    fn every_way_has_a_colour_in_light_and_in_dark() {
+        let style = include_str!("style.css");
+        for look in 0..LOOKS {
+            let of_page: Vec<&str> = style
+                .split(&format!("--w{look}: "))
+                .skip(1)
+                .map(|rest| rest.split(';').next().unwrap())
+                .collect();
+            assert_eq!(of_page.len(), 2, "light and dark of {look}");
+            for colour in of_page {
+                assert_eq!(style.matches(colour).count(), 1, "{colour} is another's, too");
+            }
+            assert!(
+                style.contains(&format!(".w{look} {{ --c: var(--w{look}); }}")),
+                "{look}"
+            );
+        }
     }
 
     #[test]

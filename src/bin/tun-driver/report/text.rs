@@ -91,6 +91,14 @@ mod tests {
             let acts = &results.acts[0];
             assert!(told.contains(&acts.title) && acts.rows.iter().all(|row| told.contains(&row.name)));
         }
+        assert!(!text(&results).contains("INCOMPLETE"));
+        let cut = Results {
+            incomplete: Some("interrupted in “receive”".to_owned()),
+            ..sample::results()
+        };
+        for told in [text(&cut), markdown(&cut)] {
+            assert!(told.contains("INCOMPLETE: interrupted in “receive”"), "{told}");
+        }
         assert!(!text(&results).contains("**"));
         assert!(markdown(&results).contains("**"));
     }

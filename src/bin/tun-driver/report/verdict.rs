@@ -1,16 +1,22 @@
-//! What was found, in three sentences. What matters in them stands between `**`, as in Markdown.
+//! What was found, in a few sentences. What matters in them stands between `**`, as in Markdown.
 
 use tun_driver::lab::measure::WayReport;
+use tun_driver::lab::offload_cases::{GBIT, MINIMAL};
 
 use super::numbers;
 use crate::bench::Results;
 
-/// Throughput, latency, and middling rates with scaling. A sentence whose measurements are missing is left out.
+/// Throughput, superpackets, latency, and moderate rates with scaling. A sentence whose measurements are missing is left out.
 pub(super) fn sentences(results: &Results) -> Vec<String> {
-    let sentences: Vec<String> = [throughput(results), latency(results), rates(results)]
-        .into_iter()
-        .flatten()
-        .collect();
+    let sentences: Vec<String> = [
+        throughput(results),
+        superpackets(results),
+        latency(results),
+        rates(results),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     if sentences.is_empty() {
         return vec!["Nothing that this summary speaks of was measured.".to_owned()];
     }
@@ -34,6 +40,29 @@ fn throughput(results: &Results) -> Option<String> {
             listed(&parts)
         )),
     }
+}
+
+/// The worker beside both loops: the one that it is compared with, and the one that moves the same superpackets by system calls alone.
+fn superpackets(results: &Results) -> Option<String> {
+    let outcome = results.outcomes.iter().find(|outcome| outcome.key == "superpackets")?;
+    let ways = &outcome.report.ways;
+    let gbit = |way: &WayReport| way.figure(GBIT).map(|figure| figure.value.median);
+    let worker = ways.iter().find(|way| way.name.starts_with("worker, "))?;
+    let (baseline, minimal) = (
+        ways.get(outcome.report.baseline)?,
+        ways.iter().find(|way| way.name == MINIMAL)?,
+    );
+    let (own, bare, plain) = (gbit(worker)?, gbit(minimal)?, gbit(baseline)?);
+    let word = if bare > own { "more" } else { "less" };
+    Some(format!(
+        "With superpackets of 64 KiB “{}” moves **{} Gbit/s** of TCP through the kernel; a bare loop of read(2) and write(2) over the same \
+         superpackets moves {word}, **{} Gbit/s**; “{}” moves {} Gbit/s.",
+        worker.name,
+        numbers::short(own),
+        numbers::short(bare),
+        baseline.name,
+        numbers::short(plain),
+    ))
 }
 
 fn latency(results: &Results) -> Option<String> {
@@ -123,10 +152,10 @@ mod tests {
     use crate::report::sample;
 
     #[test]
-    fn three_sentences_with_the_numbers_that_matter() {
+    fn four_sentences_with_the_numbers_that_matter() {
         let results = sample::results();
         let told = sentences(&results);
-        assert_eq!(told.len(), 3, "{told:#?}");
+        assert_eq!(told.len(), 4, "{told:#?}");
         let ratio = ratio(&results, "drain", "io_uring", "cpu_ns_per_packet").unwrap();
         assert!(
             told[0].contains(&format!("**{:.0} %** to receive", ratio * 100.0)),
@@ -134,14 +163,38 @@ mod tests {
             told[0]
         );
         assert!(
-            told[2].starts_with("At 200,000 packets") && told[2].contains("“2 queues, 2 workers” move"),
+            told[3].starts_with("At 200,000 packets") && told[3].contains("“2 queues, 2 workers” move"),
             "{}",
-            told[2]
+            told[3]
         );
         assert!(
             told.iter()
                 .all(|one| one.ends_with('.') && one.matches("**").count() % 2 == 0)
         );
+    }
+
+    #[test]
+    fn the_bare_loop_stands_beside_the_worker_with_superpackets() {
+        let mut results = sample::results();
+        let told = |results: &Results| sentences(results)[1].clone();
+        let gbit = |results: &Results, way: &str| {
+            let outcome = results
+                .outcomes
+                .iter()
+                .find(|outcome| outcome.key == "superpackets")
+                .unwrap();
+            let way = outcome.report.ways.iter().find(|known| known.name == way).unwrap();
+            numbers::short(way.figure(GBIT).unwrap().value.median)
+        };
+        let (own, bare) = (gbit(&results, "worker, io_uring, offloads"), gbit(&results, MINIMAL));
+        let sentence = told(&results);
+        assert!(sentence.contains(&format!("**{own} Gbit/s**")), "{sentence}");
+        assert!(
+            sentence.contains(&format!("moves more, **{bare} Gbit/s**")),
+            "{sentence}"
+        );
+        results.outcomes.retain(|outcome| outcome.key != "superpackets");
+        assert!(!told(&results).contains("superpackets"));
     }
 
     #[test]
