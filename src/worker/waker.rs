@@ -3,8 +3,9 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::Ordering;
 
+use crate::sync::{AtomicBool, fence};
 use crate::sys::fd;
 
 /// Wakes a worker, or tells it to stop, from any thread.
@@ -40,6 +41,8 @@ pub(crate) struct WakeHandle(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     eventfd: OwnedFd,
+    #[cfg(loom)]
+    bell: crate::sync::Bell,
     woken: AtomicBool,
     stopped: AtomicBool,
     /// The worker sleeps, or is about to: who hands something over has to ring.
@@ -51,6 +54,8 @@ impl WakeHandle {
         let eventfd = fd::eventfd()?;
         Ok(Self(Arc::new(Inner {
             eventfd,
+            #[cfg(loom)]
+            bell: crate::sync::Bell::new(),
             woken: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
@@ -60,13 +65,22 @@ impl WakeHandle {
     /// Ends the worker's sleep without telling it why.
     pub(crate) fn ring(&self) {
         fd::eventfd_ring(self.0.eventfd.as_fd());
+        #[cfg(loom)]
+        self.0.bell.ring();
     }
 
     /// Ends the worker's sleep, if it sleeps, after something was put where it looks before it falls asleep.
     pub(super) fn knock(&self) {
         // Pairs with the fence in `fall_asleep`: either the worker sees what was put there, or this thread sees that it sleeps.
         fence(Ordering::SeqCst);
-        if self.0.asleep.load(Ordering::Relaxed) && self.0.asleep.swap(false, Ordering::AcqRel) {
+        // Only the thread that rings stores: the flag of a later sleep is not touched.
+        if self.0.asleep.load(Ordering::Relaxed)
+            && self
+                .0
+                .asleep
+                .compare_exchange(true, false, Ordering::AcqRel, Ordering::Relaxed)
+                .is_ok()
+        {
             self.ring();
         }
     }
@@ -82,8 +96,16 @@ impl WakeHandle {
     }
 
     /// Silences the doorbell. Before the flags are read, so that no ring is lost between the two.
-    pub(super) fn silence(&self) {
+    pub(crate) fn silence(&self) {
         fd::eventfd_reset(self.0.eventfd.as_fd());
+        #[cfg(loom)]
+        self.0.bell.silence();
+    }
+
+    /// Sleeps until the doorbell rings, as the models do instead of poll(2).
+    #[cfg(loom)]
+    pub(crate) fn wait_for_ring(&self) {
+        self.0.bell.wait();
     }
 
     /// Whether somebody asked for a wake-up since the last call.
@@ -104,5 +126,105 @@ impl WakeHandle {
 impl AsFd for WakeHandle {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.eventfd.as_fd()
+    }
+}
+
+/// Every order of events between a worker and those that wake it (`tests/loom/run`).
+#[cfg(all(test, loom))]
+mod models {
+    use loom::sync::atomic::{AtomicU32, Ordering};
+    use loom::thread;
+
+    use super::*;
+
+    #[test]
+    fn what_is_handed_over_is_found_before_a_sleep_or_ends_it() {
+        loom::model(|| {
+            let waker = WakeHandle::new().expect("eventfd");
+            // Stand for the ends of two hand-offs, which other threads store and the worker loads.
+            let sent = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+            let threads = [0, 1].map(|index: usize| {
+                let (waker, sent) = (waker.clone(), Arc::clone(&sent));
+                thread::spawn(move || {
+                    sent[index].store(1, Ordering::Release);
+                    waker.knock();
+                })
+            });
+            let look = || sent.iter().map(|sent| sent.load(Ordering::Acquire)).sum::<u32>();
+            let mut found = look();
+            // As `Context::doze`: a sleep that nothing ends is a deadlock.
+            while found < 2 {
+                waker.fall_asleep();
+                let now = look();
+                if now == found {
+                    waker.wait_for_ring();
+                    waker.silence();
+                }
+                waker.awake();
+                found = look();
+            }
+            for thread in threads {
+                thread.join().expect("no panic");
+            }
+        });
+    }
+
+    #[test]
+    fn one_that_hands_over_twice_is_heard_twice() {
+        loom::model(|| {
+            let waker = WakeHandle::new().expect("eventfd");
+            let sent = Arc::new(AtomicU32::new(0));
+            let thread = {
+                let (waker, sent) = (waker.clone(), Arc::clone(&sent));
+                thread::spawn(move || {
+                    for count in [1, 2] {
+                        sent.store(count, Ordering::Release);
+                        waker.knock();
+                    }
+                })
+            };
+            let mut found = 0;
+            while found < 2 {
+                waker.fall_asleep();
+                if sent.load(Ordering::Acquire) == found {
+                    waker.wait_for_ring();
+                    waker.silence();
+                }
+                waker.awake();
+                found = sent.load(Ordering::Acquire);
+            }
+            thread.join().expect("no panic");
+        });
+    }
+
+    #[test]
+    fn no_wake_up_and_no_stop_is_lost() {
+        loom::model(|| {
+            let handle = WakeHandle::new().expect("eventfd");
+            // What each thread has to say before it wakes.
+            let said = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+            let threads = [0, 1].map(|index: usize| {
+                let (waker, said) = (Waker::new(handle.clone()), Arc::clone(&said));
+                thread::spawn(move || {
+                    said[index].store(1, Ordering::Relaxed);
+                    waker.wake();
+                    if index == 1 {
+                        waker.stop();
+                    }
+                })
+            });
+            let (mut heard, mut stopped) = (0, false);
+            while heard < 2 || !stopped {
+                handle.wait_for_ring();
+                handle.silence();
+                if handle.take_woken() {
+                    heard = said.iter().map(|said| said.load(Ordering::Relaxed)).sum();
+                }
+                stopped = handle.stopped();
+            }
+            for thread in threads {
+                thread.join().expect("no panic");
+            }
+        });
     }
 }
