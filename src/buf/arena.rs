@@ -51,12 +51,17 @@ impl ArenaConfig {
             SizeClass::Small => self.small_packet,
             SizeClass::Large => LARGE_PACKET,
         };
-        let need = self.data_offset() + packet + 1 + self.tailroom;
+        // Settings that are out of range come here before they are refused: nothing may overflow.
+        let need = self
+            .data_offset()
+            .saturating_add(packet)
+            .saturating_add(1)
+            .saturating_add(self.tailroom);
         // A slot that straddles fewer pages costs fewer segments of the registered region per operation.
         if need <= 4096 {
             need.next_power_of_two()
         } else {
-            need.next_multiple_of(4096)
+            whole_pages(need)
         }
     }
 
@@ -69,20 +74,27 @@ impl ArenaConfig {
 
     /// Bytes of all slots of a class, in whole pages.
     pub(crate) fn region_len(&self, class: SizeClass) -> usize {
-        (self.stride(class) * self.slots(class)).next_multiple_of(4096)
+        whole_pages(self.stride(class).saturating_mul(self.slots(class)))
     }
 
     /// Bytes of the mapping: the small slots, and behind them the large ones.
     pub(crate) fn mapping_len(&self) -> usize {
-        self.region_len(SizeClass::Small) + self.region_len(SizeClass::Large)
+        self.region_len(SizeClass::Small)
+            .saturating_add(self.region_len(SizeClass::Large))
     }
 
     /// Bytes of the tables beside the mapping.
     pub(crate) fn tables_len(&self) -> usize {
         // State and free-list entry, and for the return queue a count and a link.
-        (self.small_slots + self.large_slots) * (size_of::<SlotState>() + 3 * size_of::<u32>())
-            + SizeClass::ALL.len() * MOST_ACCOUNTS * size_of::<Reserve>()
+        self.small_slots
+            .saturating_add(self.large_slots)
+            .saturating_mul(size_of::<SlotState>() + 3 * size_of::<u32>())
+            .saturating_add(SizeClass::ALL.len() * MOST_ACCOUNTS * size_of::<Reserve>())
     }
+}
+
+fn whole_pages(bytes: usize) -> usize {
+    bytes.checked_next_multiple_of(4096).unwrap_or(usize::MAX)
 }
 
 /// The two sizes of slots.

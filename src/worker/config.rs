@@ -52,7 +52,8 @@ impl Default for WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// What a worker of this configuration takes, at most.
+    /// What a worker of this configuration takes, at most. [`usize::MAX`] stands for what is beyond it, of a
+    /// configuration that [`Worker::new`](crate::Worker::new) refuses.
     pub fn memory(&self) -> MemoryBudget {
         let arena = self.arena();
         MemoryBudget {
@@ -68,7 +69,13 @@ impl WorkerConfig {
     pub(crate) fn arena(&self) -> ArenaConfig {
         ArenaConfig {
             // With the hidden reserve in front, packets begin on a cache line.
-            headroom: (self.headroom.max(64) + HIDDEN_RESERVE).next_multiple_of(64) - HIDDEN_RESERVE,
+            headroom: self
+                .headroom
+                .max(64)
+                .saturating_add(HIDDEN_RESERVE)
+                .checked_next_multiple_of(64)
+                .unwrap_or(usize::MAX)
+                - HIDDEN_RESERVE,
             tailroom: self.tailroom,
             small_packet: self.max_packet,
             small_slots: self.buffers,
@@ -112,12 +119,17 @@ pub struct MemoryBudget {
 impl MemoryBudget {
     /// All of it while there are no large buffers.
     pub fn total(&self) -> usize {
-        self.buffers + self.tables + self.ring + self.scratch
+        self.buffers
+            .saturating_add(self.tables)
+            .saturating_add(self.ring)
+            .saturating_add(self.scratch)
     }
 
     /// All of it with a port of a device with offloads or with a long MTU, or with [`WorkerConfig::large_buffers`] set.
     pub fn total_with_large_buffers(&self) -> usize {
-        self.total() + self.large_buffers + Outbox::SUPERPACKETS
+        self.total()
+            .saturating_add(self.large_buffers)
+            .saturating_add(Outbox::SUPERPACKETS)
     }
 }
 
@@ -192,6 +204,44 @@ mod tests {
         let memory = WorkerConfig::default().memory();
         assert!(memory.total() <= 4 << 20);
         assert!(memory.total_with_large_buffers() <= 12 << 20, "{memory:?}");
+    }
+
+    /// On 32 bits the most that is allowed of each setting is beyond `usize` already.
+    #[test]
+    fn sizes_beyond_all_memory_are_refused_and_never_overflow() {
+        let huge = [usize::MAX, usize::MAX - 63, usize::MAX / 2, usize::MAX / 4096, 1 << 20];
+        for value in huge {
+            let settings: [fn(&mut WorkerConfig, usize); 6] = [
+                |config, value| config.buffers = value,
+                |config, value| config.large_buffers = value,
+                |config, value| config.headroom = value,
+                |config, value| config.tailroom = value,
+                |config, value| config.max_packet = value,
+                |config, value| {
+                    *config = WorkerConfig {
+                        buffers: value,
+                        large_buffers: value,
+                        headroom: value,
+                        tailroom: value,
+                        max_packet: value,
+                        ..WorkerConfig::default()
+                    };
+                },
+            ];
+            for set in settings {
+                let mut config = WorkerConfig::default();
+                set(&mut config, value);
+                let memory = config.memory();
+                assert!(memory.total() >= WorkerConfig::default().memory().total(), "{config:?}");
+                assert!(memory.total_with_large_buffers() >= memory.total());
+                let error = crate::Worker::new(&config).expect_err("it takes more than a gibibyte");
+                assert_eq!(
+                    error.kind(),
+                    crate::OpenErrorKind::InvalidSetting,
+                    "{config:?}: {error}"
+                );
+            }
+        }
     }
 
     #[test]
