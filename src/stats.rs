@@ -187,6 +187,9 @@ pub struct WorkerCounters {
     /// Packets thrown away from batches ([`Batch::clear`](crate::Batch::clear), [`Batch::retain_mut`](crate::Batch::retain_mut), dropping a
     /// batch): in an engine, what the handler dropped.
     pub discarded: u64,
+    /// Times that the kernel refused to enter the ring for the moment (EAGAIN, EBUSY, ENOMEM), and
+    /// the worker tried again.
+    pub refused_entries: u64,
 }
 
 impl AddAssign<&WorkerCounters> for WorkerCounters {
@@ -196,11 +199,13 @@ impl AddAssign<&WorkerCounters> for WorkerCounters {
             lingers,
             wake_ups,
             discarded,
+            refused_entries,
         } = other;
         self.sleeps += sleeps;
         self.lingers += lingers;
         self.wake_ups += wake_ups;
         self.discarded += discarded;
+        self.refused_entries += refused_entries;
     }
 }
 
@@ -428,6 +433,7 @@ pub(crate) struct WorkerTally {
     pub(crate) lingers: Count,
     pub(crate) wake_ups: Count,
     pub(crate) discarded: Count,
+    pub(crate) refused_entries: Count,
 }
 
 impl WorkerTally {
@@ -437,6 +443,7 @@ impl WorkerTally {
             lingers: self.lingers.get(),
             wake_ups: self.wake_ups.get(),
             discarded: self.discarded.get(),
+            refused_entries: self.refused_entries.get(),
         }
     }
 }

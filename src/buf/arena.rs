@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,6 +14,7 @@ use memmap2::{MmapMut, MmapRaw};
 
 use crate::stats::Books;
 use crate::sync::{AtomicBool, AtomicU32, fence};
+use crate::sys::forked::Origin;
 use crate::worker::WakeHandle;
 
 /// In front of the user's headroom: space for the vnet header, and what alignment needs.
@@ -197,7 +199,8 @@ impl Reserve {
 pub(crate) struct Shared {
     base: NonNull<u8>,
     /// Keeps the memory mapped until the last handle is gone.
-    _map: MmapRaw,
+    map: ManuallyDrop<MmapRaw>,
+    origin: Origin,
     config: ArenaConfig,
     /// Views of each slot that came back and were not yet counted by the home thread. Never more
     /// than the slot has (`SlotState::views`), so the count cannot overflow.
@@ -212,7 +215,7 @@ pub(crate) struct Shared {
     waker: WakeHandle,
 }
 
-// SAFETY: `base` points into `_map`, which lives as long as this value. Which thread may access which bytes is decided by the owner
+// SAFETY: `base` points into `map`, which lives as long as this value. Which thread may access which bytes is decided by the owner
 // of the slot's views (see the module's head), never by `Shared` itself.
 unsafe impl Send for Shared {}
 // SAFETY: as above; everything else in it is atomic or immutable.
@@ -288,6 +291,16 @@ impl Shared {
     }
 }
 
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // A forked child does not have the mapping, and may have something else in its place.
+        if self.origin.is_here() {
+            // SAFETY: it is dropped here only, and not used afterwards.
+            unsafe { ManuallyDrop::drop(&mut self.map) };
+        }
+    }
+}
+
 /// The home thread's side of an arena. `!Send` through the `Rc` it is always held by; all cells, no atomics.
 pub(crate) struct Arena {
     shared: Arc<Shared>,
@@ -314,7 +327,8 @@ impl Arena {
         let total = config.small_slots + config.large_slots;
         let shared = Shared {
             base,
-            _map: map,
+            map: ManuallyDrop::new(map),
+            origin: Origin::here(),
             config,
             returned: (0..total).map(|_| AtomicU32::new(0)).collect(),
             link: (0..total).map(|_| AtomicU32::new(NIL)).collect(),

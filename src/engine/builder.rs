@@ -24,6 +24,7 @@ use crate::device::Device;
 use crate::error::{OpenError, OpenErrorKind};
 use crate::queue::MultiQueue;
 use crate::stats::{StatsReader, WorkerStats};
+use crate::sys::forked::Origin;
 use crate::worker::{Endpoint, PortId, WakeHandle, Waker, Worker, WorkerConfig};
 
 /// Devices, sockets and settings of an engine that is to be started. Made by [`Engine::builder`].
@@ -212,6 +213,7 @@ impl EngineBuilder {
             events,
             watch: None,
             shared: Arc::clone(&shared),
+            origin: Origin::here(),
         };
         for (number, members) in deal(self.sources, count).into_iter().enumerate() {
             let seating = Seating {

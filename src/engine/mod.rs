@@ -31,6 +31,7 @@ pub use placement::{Pin, Placement};
 pub use report::{Ended, OnPanic, Stats, StopReport, WorkerEnd, WorkerInfo, WorkerReport};
 
 use crate::stats::StatsReader;
+use crate::sys::forked::Origin;
 use crate::worker::{Endpoint, Handoff, PortId, Worker};
 use control::Command;
 use events::Watch;
@@ -78,7 +79,8 @@ use shared::Shared;
 ///
 /// # The end
 /// [`stop_within`](Self::stop_within) ends all workers and says how they ended. Dropping the engine does the same, within three seconds, and
-/// says nothing. A queue that is closed or detached loses what the kernel still had in it: what could be read was counted as undelivered.
+/// says nothing. In a child of fork(2), an engine may only be dropped, which touches nothing of its
+/// parent's; the child has none of the threads. A queue that is closed or detached loses what the kernel still had in it: what could be read was counted as undelivered.
 pub struct Engine<H> {
     links: Vec<Link<H>>,
     infos: Vec<WorkerInfo>,
@@ -86,6 +88,7 @@ pub struct Engine<H> {
     /// `None` if the kernel lets nobody listen; then only the data path tells of devices.
     watch: Option<Watch>,
     shared: Arc<Shared>,
+    origin: Origin,
 }
 
 /// The engine's end of one worker.
@@ -367,6 +370,12 @@ impl<H> Link<H> {
 
 impl<H> Drop for Engine<H> {
     fn drop(&mut self) {
+        if !self.origin.is_here() {
+            // Its threads are the parent's, and may hold any lock at the moment of the fork.
+            std::mem::forget((std::mem::take(&mut self.links), self.watch.take(), self.events.clone()));
+            std::mem::forget(Arc::clone(&self.shared));
+            return;
+        }
         self.stop_within(DROP_BOUND);
         self.shared.events.close();
     }

@@ -6,6 +6,7 @@ pub(crate) mod ancillary;
 pub(crate) mod bpf;
 pub(crate) mod cpu;
 pub(crate) mod fd;
+pub(crate) mod forked;
 #[cfg(feature = "lab")]
 pub(crate) mod frames;
 pub(crate) mod host;

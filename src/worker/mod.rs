@@ -4,6 +4,8 @@ mod burst;
 #[cfg(all(test, feature = "lab"))]
 mod canary;
 mod config;
+#[cfg(all(test, feature = "lab"))]
+mod fake_ring;
 mod handoff;
 mod moderation;
 mod outgoing;
@@ -84,6 +86,11 @@ use syscalls::SyscallBackend;
 /// Ends all operations in flight, waits (at most two seconds) until the kernel has let go of the buffers, and closes the queues and
 /// sockets: when it returns, this process holds the devices no more. If the kernel does not let go, the memory is leaked and counted
 /// ([`leaked_arenas`](crate::leaked_arenas)) rather than freed.
+///
+/// In a child of fork(2), a worker, its packets, batches and hand-offs may only be dropped: that touches
+/// neither the parent's memory nor its doorbells, and closes the child's copies of the descriptors.
+/// Everything else faults there, as neither the ring nor the buffers are inherited. Descriptors are
+/// closed on exec.
 ///
 /// The kernel takes a ring down a little later and interrupts the thread for it: a call that sleeps there may fail with EINTR, as after a
 /// signal, and wants to be made again.
@@ -386,18 +393,13 @@ impl Worker {
     /// Gives a port's queue or socket back, with the packets that were received and not handed over yet.
     ///
     /// # Errors
-    /// [`PortErrorKind::Gone`] if it was detached before; [`PortErrorKind::Other`] if the kernel did not end the read in flight within two
-    /// seconds: the port then stays.
+    /// [`PortErrorKind::Gone`] if it was detached before. [`PortErrorKind::Other`] if the kernel did not
+    /// end the read in flight within two seconds, could not be entered, or did not let go of the
+    /// descriptor: the port then stays.
     pub fn detach(&mut self, port: PortId) -> Result<Detached, PortError> {
         let index = self.ports.check(port)?;
-        if let Imp::Ring(ring) = &mut self.backend
-            && !ring.detach(&mut self.cx, &mut self.ports, index)
-        {
-            return Err(PortError::new(
-                PortErrorKind::Other,
-                "io_uring_register(SYNC_CANCEL)",
-                libc::ETIME,
-            ));
+        if let Imp::Ring(ring) = &mut self.backend {
+            ring.detach(&mut self.cx, &mut self.ports, index)?;
         }
         let Some(removed) = self.ports.remove(index) else {
             unreachable!("checked above")
@@ -415,7 +417,10 @@ impl Worker {
     /// empty. Signals do not end the wait.
     ///
     /// # Errors
-    /// Only if the kernel refuses to wait at all; the worker is then of no further use.
+    /// Only if the kernel refuses to wait: for good, or for ten seconds on end for want of memory or the
+    /// like (EAGAIN, EBUSY, ENOMEM; [`WorkerCounters`](crate::WorkerCounters) counts these). In the
+    /// latter case another call tries again. Until then it goes on trying, and the deadline and the
+    /// waker end the wait as ever.
     pub fn wait(&mut self, deadline: Option<Instant>) -> io::Result<Wake> {
         loop {
             match &mut self.backend {
@@ -451,6 +456,9 @@ impl Worker {
     /// # Errors
     /// Told when there are no packets to hand over first: [`PortErrorKind::Truncated`], [`PortErrorKind::NoBuffers`], and [`PortErrorKind::BadPacket`]
     /// for a virtio-net header that contradicts its packet, once each time that they happen, [`PortErrorKind::Gone`] from then on at every call.
+    ///
+    /// [`PortErrorKind::Other`] with `io_uring_enter` and its errno while the ring cannot be entered
+    /// ([`wait`](Self::wait)). Nothing is lost by it: what arrived comes once the kernel is asked again.
     pub fn recv_many(&mut self, port: PortId, batch: &mut Batch) -> Result<usize, PortError> {
         self.receive(port, batch, true)
     }
@@ -701,12 +709,15 @@ impl Worker {
         self.open_large();
         let index = usize::from(port.index);
         // A read that is in flight would end in a buffer of the other size.
-        let idle = match &mut self.backend {
-            Imp::Ring(ring) => ring.disarm(&mut self.cx, &mut self.ports, index),
-            Imp::Syscalls(_) => true,
-        };
+        if let Imp::Ring(ring) = &mut self.backend {
+            ring.disarm(&mut self.cx, &mut self.ports, index).map_err(|error| {
+                let (kind, call) = (OpenErrorKind::IoUring, error.call());
+                let errno = io::Error::from_raw_os_error(error.raw_os_error());
+                OpenError::new(kind, call, &errno, "the reads in flight could not be ended; try again")
+            })?;
+        }
         let arena = &self.cx.arena;
-        if !idle || arena.open_account(index, class, self.reserve).is_none() {
+        if arena.open_account(index, class, self.reserve).is_none() {
             let detail = "every large buffer is promised to a port or in use; raise WorkerConfig::large_buffers";
             return Err(OpenError::refused(OpenErrorKind::MemoryLimit, "fit", detail));
         }
@@ -903,19 +914,22 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> R
     let mut ring = RingBackend::new(waker.as_fd())?;
     let wanted = config.arena();
     let mut granted = wanted;
+    let mut unregistered = None;
     let arena = loop {
         let arena = new_arena(granted, waker, books)?;
         // SAFETY: a worker keeps the arena until its ring is closed, and leaks it if that could not be drained.
         #[allow(unsafe_code)]
         match unsafe { ring.register(SizeClass::Small, arena.as_iovec(SizeClass::Small, granted.small_slots)) } {
             Ok(()) => break arena,
+            Err(error) if ring::is_refused(error.raw_os_error()) => return Err(error),
             // The memlock limit: a smaller arena may fit below it.
             Err(error)
                 if error.raw_os_error() == Some(libc::ENOMEM) && granted.small_slots / 2 >= FEWEST_REGISTERED =>
             {
                 granted.small_slots /= 2;
             }
-            Err(_) => {
+            Err(error) => {
+                unregistered = Some(error).filter(|error| error.raw_os_error() != Some(libc::ENOMEM));
                 granted = wanted;
                 break new_arena(granted, waker, books)?;
             }
@@ -928,7 +942,10 @@ fn open_ring(config: &WorkerConfig, waker: &WakeHandle, books: &Arc<Books>) -> R
             "io_uring is usable; the memlock limit (ulimit -l) allows {} of {} registered buffers",
             granted.small_slots, wanted.small_slots
         ),
-        (false, _) => "io_uring is usable; the memlock limit (ulimit -l) allows no registered buffers".to_owned(),
+        (false, _) => match unregistered {
+            Some(error) => format!("io_uring is usable, without registered buffers: {error}"),
+            None => "io_uring is usable; the memlock limit (ulimit -l) allows no registered buffers".to_owned(),
+        },
     };
     let report = BackendReport {
         backend: Backend::IoUring,

@@ -67,8 +67,8 @@ struct Gather {
 
 /// Performs writes on a queue.
 pub(super) trait Writer {
-    /// Why nothing can be written any more.
-    fn fault(&self) -> Option<PortError>;
+    /// Why nothing can be written now, or any more.
+    fn fault(&mut self, cx: &Context) -> Option<PortError>;
 
     /// Performs all writes of the outbox in order, and puts down their results. What is behind one that stands in the way of others is ECANCELED.
     ///
@@ -346,7 +346,7 @@ pub(super) fn send(
     ports.at(index).sends();
     while !batch.is_empty() && total.stopped.is_none() {
         let port = ports.at(index);
-        if let Some(error) = port.gone().or_else(|| writer.fault()) {
+        if let Some(error) = port.gone().or_else(|| writer.fault(cx)) {
             total.stopped = Some(error);
             break;
         }
@@ -461,7 +461,10 @@ fn run(
         .writes
         .iter()
         .zip(results)
-        .position(|(write, &result)| write.kind.is_some() && matches!(-result, libc::EINVAL | libc::EIO));
+        .position(|(write, &result)| write.kind.is_some() && matches!(-result, libc::EINVAL | libc::EIO))
+        // Unless one behind it was taken all the same, as where the kernel took the burst in two
+        // parts: then it is refused for good, or the others would go twice.
+        .filter(|&place| results[place..].iter().all(|&result| result < 0));
     let writes = &outbox.writes;
     let header = if port.outgoing.vnet { VnetHdr::LEN as u32 } else { 0 };
     let sent = judge(port, "write", &results[..refused.unwrap_or(results.len())], |place| {

@@ -32,7 +32,7 @@ enum Mood {
 }
 
 impl Writer for Kernel {
-    fn fault(&self) -> Option<PortError> {
+    fn fault(&mut self, _: &Context) -> Option<PortError> {
         None
     }
 

@@ -9,7 +9,8 @@
 #![allow(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::time::{Duration, Instant};
 
 use io_uring::squeue::{Entry, Flags};
@@ -24,6 +25,7 @@ use super::port::{Delivery, Endpoint, Port, Ports};
 use super::{handoff, udp};
 use crate::buf::{Batch, SizeClass};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
+use crate::sys::forked::Origin;
 use crate::sys::uring::RingHandle;
 use crate::sys::{host, tun};
 
@@ -32,17 +34,50 @@ const DOORBELL: u32 = 0;
 
 /// How long a worker that ends waits for the kernel to let go of its memory.
 const DRAIN_BOUND: Duration = Duration::from_secs(2);
-/// Tries to enter a ring that says it is out of memory, 100 µs apart.
-const ENTER_TRIES: u32 = 100;
+/// How long a refusal to enter the ring (EAGAIN, EBUSY, ENOMEM) may last before it is an error of
+/// a wait, or, with writes in flight, the end of the ring.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The same for writes once the worker was asked to stop, and for every call that can leave what it
+/// pushed to a later one.
+const CALL_PATIENCE: Duration = Duration::from_secs(1);
+/// The same for such a call once the worker was asked to stop.
+const STOP_PATIENCE: Duration = Duration::from_millis(100);
+/// Pauses between two tries: each twice as long as the one before.
+const FIRST_PAUSE: Duration = Duration::from_micros(100);
+const LONGEST_BACK_OFF: Duration = Duration::from_millis(20);
+/// Signals that may interrupt one submission before it counts as refused.
+const MOST_INTERRUPTS: u32 = 100;
 
 pub(super) struct RingBackend {
-    ring: IoUring,
+    /// Dropped only in the process that made it: a forked child does not have its memory.
+    ring: ManuallyDrop<IoUring>,
+    origin: Origin,
     handle: RingHandle,
     /// Whether the slots of a class are registered, as the buffer of the class's number.
     registered: [bool; 2],
     books: Books,
     /// The ring cannot be entered any more: the errno.
     broken: Option<i32>,
+    /// The last try to enter the ring was refused; the next one may succeed.
+    refusal: Option<Refusal>,
+}
+
+/// A refusal to enter the ring that passes: what was pushed stays in the submission queue.
+#[derive(Clone, Copy)]
+struct Refusal {
+    /// When the kernel first refused; it refused every try since.
+    since: Instant,
+    /// Why it refused last.
+    errno: i32,
+}
+
+/// How long the caller of `enter` has.
+#[derive(Clone, Copy)]
+enum Bound {
+    /// A call that does not wait for packets.
+    Call,
+    /// A wait, which a wake-up or the time (if any) ends.
+    Wait(Option<Duration>),
 }
 
 /// What is in flight.
@@ -54,6 +89,10 @@ struct Books {
     sending: usize,
     /// Results of the current burst of writes, by place.
     results: Box<[i32]>,
+    /// The serial number of the last check of a queue, and its result. An earlier one, whose caller
+    /// gave up, may complete later.
+    checks: u32,
+    checked: Option<i32>,
 }
 
 impl Books {
@@ -88,7 +127,8 @@ impl Books {
                     cx.doorbell_rang();
                 }
             }
-            Tag::CHECK => self.results[0] = result,
+            Tag::CHECK if tag.value() == self.checks => self.checked = Some(result),
+            Tag::CHECK => {}
             _ => debug_assert!(false, "a completion that nobody asked for"),
         }
         false
@@ -141,8 +181,9 @@ pub(super) fn lacks() -> Result<(), String> {
 }
 
 impl Writer for RingBackend {
-    fn fault(&self) -> Option<PortError> {
-        self.broken.map(|_| self.broken_error())
+    fn fault(&mut self, cx: &Context) -> Option<PortError> {
+        self.is_open(cx);
+        self.error()
     }
 
     fn perform(
@@ -155,11 +196,14 @@ impl Writer for RingBackend {
         let port = ports.at(index);
         let (file, count) = (Fixed(index as u32 + 1), outbox.writes.len());
         // Two parts of a chain that are submitted one by one do not wait for each other.
-        let queue = self.ring.submission();
-        let room = queue.capacity() - queue.len();
-        drop(queue);
-        if room < count {
-            self.enter(0, false, None);
+        if self.room() < count {
+            self.enter(cx, 0, false, Bound::Call);
+            if self.room() < count {
+                // Nothing was pushed, so nothing is lost; the next call says what the kernel says.
+                outbox.results[..count].fill(-libc::ECANCELED);
+                outbox.results[0] = -libc::EAGAIN;
+                return Ok(());
+            }
         }
         let mut linked = port.linked;
         for (place, write) in outbox.writes.iter().enumerate() {
@@ -189,21 +233,26 @@ impl Writer for RingBackend {
             };
             self.books.results[place] = PENDING;
             self.books.sending += 1;
-            let entry = entry.flags(link);
-            self.push(&entry.user_data(Tag::of(Tag::WRITE, port.id.index, place as u32)));
+            let entry = entry
+                .flags(link)
+                .user_data(Tag::of(Tag::WRITE, port.id.index, place as u32));
+            let pushed = self.push(cx, &entry);
+            debug_assert!(pushed, "there is room for all of them");
         }
         port.tally.system_calls.add(1);
         // Linked ones go on as completions are asked for: all in this entry.
-        self.enter(if linked { self.books.sending as u32 } else { 0 }, linked, None);
+        let complete = if linked { self.books.sending as u32 } else { 0 };
+        self.enter(cx, complete, linked, Bound::Call);
         self.reap(cx, ports);
         while self.books.sending > 0 && self.broken.is_none() {
-            self.enter(1, true, None);
+            self.enter(cx, 1, true, Bound::Call);
             self.reap(cx, ports);
         }
         outbox.results[..count].copy_from_slice(&self.books.results[..count]);
         match self.broken {
-            None => Ok(()),
-            Some(_) => Err(self.broken_error()),
+            // A ring that broke after the last completion came: nothing of these is in flight.
+            Some(errno) if self.books.sending > 0 => Err(enter_error(errno)),
+            _ => Ok(()),
         }
     }
 }
@@ -211,47 +260,48 @@ impl Writer for RingBackend {
 impl RingBackend {
     /// A ring for the calling thread.
     pub(super) fn new(doorbell: BorrowedFd<'_>) -> Result<Self, OpenError> {
-        let ring = build().map_err(|error| set_up_error(&error))?;
+        let ring = build().map_err(|error| call_error("io_uring_setup", &error))?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
-        submitter.register_probe(&mut probe).map_err(|error| {
-            OpenError::new(
-                OpenErrorKind::IoUring,
-                "io_uring_register(PROBE)",
-                &error,
-                "cannot ask the ring what it can do",
-            )
-        })?;
+        let call = "io_uring_register(PROBE)";
+        submitter
+            .register_probe(&mut probe)
+            .map_err(|error| call_error(call, &error))?;
         let needed = [
             (opcode::ReadFixed::CODE, "READ_FIXED"),
             (opcode::WriteFixed::CODE, "WRITE_FIXED"),
             (opcode::Read::CODE, "READ"),
             (opcode::Write::CODE, "WRITE"),
+            (opcode::Writev::CODE, "WRITEV"),
             (opcode::PollAdd::CODE, "POLL_ADD"),
         ];
         if let Some((_, name)) = needed.iter().find(|(code, _)| !probe.is_supported(*code)) {
-            return Err(OpenError::refused(
-                OpenErrorKind::IoUring,
-                "io_uring_register(PROBE)",
-                format!("the kernel's io_uring has no {name}"),
-            ));
+            let detail = format!("the kernel's io_uring has no {name}; use Backend::Syscalls");
+            return Err(OpenError::refused(OpenErrorKind::IoUring, call, detail));
         }
+        // A sandbox may refuse any single call. What ends a ring is tried before there is one to
+        // end; the kernel answers ENXIO or ENOENT then.
+        permitted("io_uring_register(UNREGISTER_FILES)", submitter.unregister_files())?;
+        permitted("io_uring_register(UNREGISTER_BUFFERS)", submitter.unregister_buffers())?;
+        permitted(
+            "io_uring_register(SYNC_CANCEL)",
+            submitter.register_sync_cancel(None, CancelBuilder::any()),
+        )?;
         let mut files = [-1; MOST_PORTS + 1];
         files[DOORBELL as usize] = doorbell.as_raw_fd();
-        submitter.register_files(&files).map_err(|error| {
-            let detail =
-                "the table of registered files was refused; the limit of open files (ulimit -n) must be above 257";
-            OpenError::new(
-                OpenErrorKind::DescriptorLimit,
-                "io_uring_register(FILES)",
-                &error,
-                detail,
-            )
-        })?;
-        // SAFETY: the descriptor is the ring's, which lives through the call.
-        let handle = RingHandle::register(unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) });
-        Ok(Self {
-            ring,
+        submitter
+            .register_files(&files)
+            .map_err(|error| call_error("io_uring_register(FILES)", &error))?;
+        submitter
+            .register_files_update(DOORBELL + 1, &[-1])
+            .map_err(|error| call_error("io_uring_register(FILES_UPDATE)", &error))?;
+        // SAFETY: the descriptor is the ring's, which lives through the calls.
+        let fd = unsafe { BorrowedFd::borrow_raw(ring.as_raw_fd()) };
+        permitted("io_uring_register(UNREGISTER_RING_FDS)", RingHandle::try_unregister(fd))?;
+        let (handle, registered) = RingHandle::register(fd);
+        let backend = Self {
+            ring: ManuallyDrop::new(ring),
+            origin: Origin::here(),
             handle,
             registered: [false; 2],
             books: Books {
@@ -259,26 +309,38 @@ impl RingBackend {
                 outstanding: 0,
                 sending: 0,
                 results: vec![PENDING; RING_ENTRIES as usize].into(),
+                checks: 0,
+                checked: None,
             },
             broken: None,
-        })
+            refusal: None,
+        };
+        // From here on dropping it gives the index back.
+        permitted("io_uring_register(RING_FDS)", registered)?;
+        match backend.handle.enter(0, 0, true, None) {
+            Err(error) if !passes(error.raw_os_error()) => Err(call_error("io_uring_enter", &error)),
+            _ => Ok(backend),
+        }
     }
 
     /// Registers the memory of a class of slots.
     ///
     /// # Safety
     /// The memory stays mapped until this backend is gone, or is leaked by whoever finds that it was not drained.
-    pub(super) unsafe fn register(&mut self, class: SizeClass, memory: libc::iovec) -> io::Result<()> {
+    pub(super) unsafe fn register(&mut self, class: SizeClass, memory: libc::iovec) -> Result<(), OpenError> {
         let submitter = self.ring.submitter();
         if self.registered == [false; 2] {
             // Before the first; EBUSY after a first that failed.
             match submitter.register_buffers_sparse(2) {
-                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => return Err(error),
+                Err(error) if error.raw_os_error() != Some(libc::EBUSY) => {
+                    return Err(call_error("io_uring_register(BUFFERS2)", &error));
+                }
                 _ => {}
             }
         }
         // SAFETY: as the caller says.
-        unsafe { submitter.register_buffers_update(class as u32, &[memory], None) }?;
+        unsafe { submitter.register_buffers_update(class as u32, &[memory], None) }
+            .map_err(|error| call_error("io_uring_register(BUFFERS_UPDATE)", &error))?;
         self.registered[class as usize] = true;
         Ok(())
     }
@@ -291,6 +353,12 @@ impl RingBackend {
         self.handle.is_registered()
     }
 
+    /// Entries pushed and not reaped.
+    #[cfg(all(test, feature = "lab"))]
+    pub(super) fn outstanding(&self) -> usize {
+        self.books.outstanding
+    }
+
     /// Takes a port's descriptor into the table, and makes sure that the kernel serves it without blocking.
     pub(super) fn attach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> Result<(), OpenError> {
         let port = ports.at(index);
@@ -298,58 +366,17 @@ impl RingBackend {
             return Ok(());
         }
         let (fd, udp) = (port.fd, port.is_udp());
-        self.ring
-            .submitter()
-            .register_files_update(index as u32 + 1, &[fd])
-            .map_err(|error| {
-                OpenError::new(
-                    OpenErrorKind::Other,
-                    "io_uring_register(FILES_UPDATE)",
-                    &error,
-                    "the descriptor could not be registered",
-                )
-            })?;
+        self.set_file(index, fd).map_err(|error| {
+            let detail = "the descriptor could not be registered; use Backend::Syscalls";
+            OpenError::new(OpenErrorKind::Other, "io_uring_register(FILES_UPDATE)", &error, detail)
+        })?;
         if udp {
             return Ok(());
         }
-        // An empty read takes no packet; with RWF_NOWAIT it tells whether the driver takes such requests at all.
-        let slot = cx.arena.check_out(port.account, port.class);
-        let Some(slot) = slot else {
-            return Err(OpenError::refused(
-                OpenErrorKind::MemoryLimit,
-                "attach",
-                "no free buffer for the port",
-            ));
-        };
-        let at = cx.arena.address(slot, 0);
-        let entry = opcode::Read::new(Fixed(index as u32 + 1), at.as_ptr(), 0)
-            .offset(u64::MAX)
-            .rw_flags(libc::RWF_NOWAIT)
-            .build()
-            .user_data(Tag::of(Tag::CHECK, index as u16, 0));
-        self.books.results[0] = PENDING;
-        self.push(&entry);
-        while self.books.results[0] == PENDING && self.broken.is_none() {
-            self.enter(1, true, None);
-            self.reap(cx, ports);
-        }
-        cx.arena.release(slot);
-        let result = self.books.results[0];
-        if result < 0 {
-            let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
-            let error = io::Error::from_raw_os_error(if result == PENDING { libc::EIO } else { -result });
-            let detail = match error.raw_os_error() {
-                Some(libc::EOPNOTSUPP) => {
-                    "this kernel's tun driver cannot be read without blocking through a ring; force Backend::Syscalls"
-                }
-                _ => "the queue cannot be read; is its device still there?",
-            };
-            return Err(OpenError::new(
-                OpenErrorKind::Unsupported,
-                "read(RWF_NOWAIT)",
-                &error,
-                detail,
-            ));
+        if let Err(error) = self.check(cx, ports, index) {
+            // If this fails too, the next port of this index, or the end of the ring, replaces it.
+            let _ = self.set_file(index, -1);
+            return Err(error);
         }
         // Back-pressure is to be expected; without a limit there is none.
         let port = ports.at(index);
@@ -359,24 +386,105 @@ impl RingBackend {
         Ok(())
     }
 
-    /// Ends all operations on a port and forgets its descriptor. Packets that came meanwhile are in its inbox. `false` if the kernel
-    /// did not let go in time.
-    pub(super) fn detach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
-        // Not only its own requests: until Linux 6.13 a registered file is held until all requests on registered files have ended that began
-        // before it was taken out (io_uring/rsrc.c). A queue would stay attached for as long as another port waits, and keep its flows.
-        let idle = self.disarm(cx, ports, index);
-        let _ = self.ring.submitter().register_files_update(index as u32 + 1, &[-1]);
-        idle
+    /// Whether the driver reads a registered queue without blocking: an empty read, which takes no
+    /// packet, with RWF_NOWAIT.
+    fn check(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> Result<(), OpenError> {
+        self.books.checks = self.books.checks.wrapping_add(1);
+        self.books.checked = None;
+        // Of no bytes, so it may lie in a slot that is in use, and outlive this call.
+        let at = cx.arena.address(0, 0);
+        let entry = opcode::Read::new(Fixed(index as u32 + 1), at.as_ptr(), 0)
+            .offset(u64::MAX)
+            .rw_flags(libc::RWF_NOWAIT)
+            .build()
+            .user_data(Tag::of(Tag::CHECK, index as u16, self.books.checks));
+        let pushed = self.push(cx, &entry);
+        while pushed && self.books.checked.is_none() {
+            self.enter(cx, 1, true, Bound::Call);
+            self.reap(cx, ports);
+            if self.error().is_some() {
+                break;
+            }
+        }
+        let result = match self.books.checked {
+            Some(result) => result,
+            None => {
+                let errno = self.error().map_or(libc::EAGAIN, |error| error.raw_os_error());
+                return Err(call_error("io_uring_enter", &io::Error::from_raw_os_error(errno)));
+            }
+        };
+        if result >= 0 {
+            return Ok(());
+        }
+        let error = io::Error::from_raw_os_error(-result);
+        let detail = match error.raw_os_error() {
+            Some(libc::EOPNOTSUPP) => {
+                "this kernel's tun driver cannot be read without blocking through a ring; use Backend::Syscalls"
+            }
+            Some(libc::EACCES | libc::EPERM) => "this ring may not read; use Backend::Syscalls",
+            _ => "the queue cannot be read, so its device is probably gone; open it again",
+        };
+        Err(OpenError::new(
+            OpenErrorKind::Unsupported,
+            "read(RWF_NOWAIT)",
+            &error,
+            detail,
+        ))
     }
 
-    /// Ends all operations. Packets that came meanwhile are in the inboxes. `false` if the kernel did not let go of this port in time.
-    pub(super) fn disarm(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
+    /// Puts a descriptor at a port's place among the registered files; -1 clears it. Tries again
+    /// where that may help.
+    fn set_file(&self, index: usize, fd: RawFd) -> io::Result<()> {
+        let deadline = Instant::now() + STOP_PATIENCE;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            match self.ring.submitter().register_files_update(index as u32 + 1, &[fd]) {
+                Err(error) if passes(error.raw_os_error()) && Instant::now() < deadline => {
+                    std::thread::sleep(pause);
+                    pause *= 2;
+                }
+                result => return result.map(drop),
+            }
+        }
+    }
+
+    /// Ends all operations on a port and forgets its descriptor. Packets that came meanwhile are in
+    /// its inbox.
+    ///
+    /// # Errors
+    /// The kernel did not let go in time, or keeps the descriptor: the port is as before.
+    pub(super) fn detach(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> Result<(), PortError> {
+        if ports.at(index).is_handoff() {
+            return Ok(());
+        }
+        // Not only its own requests: until Linux 6.13 a registered file is held until all requests on registered files have ended that began
+        // before it was taken out (io_uring/rsrc.c). A queue would stay attached for as long as another port waits, and keep its flows.
+        self.disarm(cx, ports, index)?;
+        // While the ring has the file, the queue stays attached and gets packets that none reads.
+        self.set_file(index, -1).map_err(|error| {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            PortError::new(PortErrorKind::Other, "io_uring_register(FILES_UPDATE)", errno)
+        })
+    }
+
+    /// Ends all operations. Packets that came meanwhile are in the inboxes.
+    ///
+    /// # Errors
+    /// The kernel did not let go of this port in time.
+    pub(super) fn disarm(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> Result<(), PortError> {
         // What was pushed can be cancelled once it is submitted.
         if !self.ring.submission().is_empty() {
-            self.enter(0, true, None);
+            self.enter(cx, 0, true, Bound::Call);
+            if let Some(error) = self.error() {
+                return Err(error);
+            }
         }
         self.cancel_all(cx, ports);
-        !ports.at(index).armed
+        if ports.at(index).armed {
+            let call = "io_uring_register(SYNC_CANCEL)";
+            return Err(PortError::new(PortErrorKind::Other, call, libc::ETIME));
+        }
+        Ok(())
     }
 
     /// Receives from a queue: waits for the first packet if `block`, then takes what is there, up to the batch's room.
@@ -404,8 +512,8 @@ impl RingBackend {
             }
             if port.armed {
                 // An armed read that has not stirred says that the port is empty, for nothing.
-                if self.task_work_is_due() {
-                    self.enter(0, true, None);
+                if self.task_work_is_due() || self.refusal.is_some() {
+                    self.enter(cx, 0, true, Bound::Call);
                 }
                 if self.reap(cx, ports) > 0 {
                     continue;
@@ -420,11 +528,15 @@ impl RingBackend {
             let port = ports.at(index);
             port.hand_over(&cx.arena, batch);
             let got = batch.len() - before;
-            if got > 0 || !block || port.has_news() {
+            if got > 0 || port.has_news() {
                 return port.conclude(got);
             }
-            if cx.interrupted() {
-                return Ok(0);
+            // A ring that cannot be entered has not asked: the port may well have packets.
+            if let Some(error) = self.error().filter(|_| !block || self.health().is_err()) {
+                return Err(error);
+            }
+            if !block || cx.interrupted() {
+                return port.conclude(0);
             }
             if let Some(pause) = cx.moderation.pause(None) {
                 self.pause(cx, ports, pause);
@@ -433,15 +545,19 @@ impl RingBackend {
                 continue;
             }
             paused = false;
-            if !self.arm(cx, ports, index) {
-                ports.at(index).starved();
+            if self.refusal.is_none() {
+                if !self.arm(cx, ports, index) {
+                    ports.at(index).starved();
+                    continue;
+                }
+                self.arm_doorbell(cx);
+            }
+            if self.refusal.is_some() {
+                // How long is looked at above.
+                let _ = self.try_again(cx, ports, None);
                 continue;
             }
-            self.arm_doorbell();
             cx.doze(ports, Some(index), |cx, ports| self.sleep(cx, ports, None));
-            if self.broken.is_some() {
-                return Err(self.broken_error());
-            }
         }
     }
 
@@ -465,7 +581,8 @@ impl RingBackend {
             port.burst.next(in_hand)
         };
         port.readable = false;
-        if next == 0 {
+        // No more is pushed onto what the kernel does not take.
+        if next == 0 || !self.is_open(cx) {
             return false;
         }
         let longest = if port.heavy { SUPERPACKETS } else { LONGEST };
@@ -476,17 +593,20 @@ impl RingBackend {
             && let Some(slot) = cx.arena.check_out(port.account, port.class)
         {
             let entry = self.read_entry(cx, port, slot, libc::RWF_NOWAIT);
-            self.push(&entry.user_data(Tag::of(Tag::BURST, port.id.index, slot)));
+            if !self.push(cx, &entry.user_data(Tag::of(Tag::BURST, port.id.index, slot))) {
+                cx.arena.release(slot);
+                break;
+            }
             asked += 1;
         }
         if asked == 0 {
-            if !in_hand {
+            if !in_hand && can == 0 {
                 port.starved();
             }
             return false;
         }
         port.tally.system_calls.add(1);
-        self.enter(0, false, None);
+        self.enter(cx, 0, false, Bound::Call);
         let got = self.reap_burst(cx, ports, index, batch);
         ports.at(index).burst.answered(asked, got);
         got == asked
@@ -516,16 +636,17 @@ impl RingBackend {
             self.read_entry(cx, port, slot, 0)
                 .user_data(Tag::of(Tag::ARMED, port.id.index, slot))
         };
-        port.armed = true;
-        self.push(&entry);
+        port.armed = self.push(cx, &entry);
+        if !port.armed && entry.get_user_data() >> 48 == Tag::ARMED >> 48 {
+            cx.arena.release(Tag(entry.get_user_data()).value());
+        }
         true
     }
 
-    fn arm_doorbell(&mut self) {
+    fn arm_doorbell(&mut self, cx: &Context) {
         if !self.books.doorbell_armed {
-            self.books.doorbell_armed = true;
             let entry = opcode::PollAdd::new(Fixed(DOORBELL), libc::POLLIN as u32).build();
-            self.push(&entry.user_data(Tag::DOORBELL));
+            self.books.doorbell_armed = self.push(cx, &entry.user_data(Tag::DOORBELL));
         }
     }
 
@@ -548,7 +669,7 @@ impl RingBackend {
     /// Waits until a port is ready, the deadline, or the doorbell. Spurious returns are possible.
     pub(super) fn wait(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) -> io::Result<()> {
         if self.task_work_is_due() {
-            self.enter(0, true, None);
+            self.enter(cx, 0, true, Bound::Call);
         }
         self.reap(cx, ports);
         if ports.any_ready() || cx.interrupted() {
@@ -558,6 +679,9 @@ impl RingBackend {
             self.pause(cx, ports, pause);
             return self.health();
         }
+        if self.refusal.is_some() {
+            return self.try_again(cx, ports, deadline);
+        }
         let mut starved = false;
         for index in 0..ports.len() {
             if ports.exists(index) && !self.arm(cx, ports, index) {
@@ -565,7 +689,7 @@ impl RingBackend {
                 starved = true;
             }
         }
-        self.arm_doorbell();
+        self.arm_doorbell(cx);
         if starved {
             cx.arena.announce_hunger();
             // What came back until now rang no doorbell.
@@ -573,14 +697,29 @@ impl RingBackend {
                 let _ = ports.exists(index) && self.arm(cx, ports, index);
             }
         }
+        if self.refusal.is_some() {
+            return self.try_again(cx, ports, deadline);
+        }
         cx.doze(ports, None, |cx, ports| self.sleep(cx, ports, deadline));
         self.health()
     }
 
+    /// Tries to enter a ring that was refused. Not all ports are armed, so it does not sleep there.
+    fn try_again(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) -> io::Result<()> {
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        self.enter(cx, 0, true, Bound::Wait(left));
+        self.reap(cx, ports);
+        self.health()
+    }
+
+    /// Whether waiting goes on: also while the kernel refuses to, for a time.
     fn health(&self) -> io::Result<()> {
-        match self.broken {
-            Some(errno) => Err(io::Error::from_raw_os_error(errno)),
-            None => Ok(()),
+        match (self.broken, self.refusal) {
+            (Some(errno), _) => Err(io::Error::from_raw_os_error(errno)),
+            (None, Some(refusal)) if refusal.since.elapsed() >= PATIENCE => {
+                Err(io::Error::from_raw_os_error(refusal.errno))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -594,7 +733,7 @@ impl RingBackend {
         cx.books.worker.lingers.add(1);
         // One more than can complete.
         let all = self.books.outstanding as u32;
-        self.enter(all + 1, true, Some(pause));
+        self.enter(cx, all + 1, true, Bound::Wait(Some(pause)));
         self.reap(cx, ports);
         ports.paused(&cx.arena);
     }
@@ -603,9 +742,9 @@ impl RingBackend {
     fn sleep(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) {
         ports.iter_mut().for_each(|port| port.recent = false);
         if let Wait::Spin { duration } = cx.wait {
-            self.enter(0, false, None);
+            self.enter(cx, 0, false, Bound::Call);
             if self.watch(cx, duration, deadline) {
-                self.enter(0, true, None);
+                self.enter(cx, 0, true, Bound::Call);
                 self.reap(cx, ports);
                 return;
             }
@@ -618,10 +757,10 @@ impl RingBackend {
             },
         };
         match timeout {
-            Some(Duration::ZERO) => self.enter(0, true, None),
+            Some(Duration::ZERO) => self.enter(cx, 0, true, Bound::Wait(timeout)),
             timeout => {
                 cx.books.worker.sleeps.add(1);
-                self.enter(1, true, timeout);
+                self.enter(cx, 1, true, Bound::Wait(timeout));
             }
         }
         self.reap(cx, ports);
@@ -651,59 +790,171 @@ impl RingBackend {
     #[inline]
     fn task_work_is_due(&mut self) -> bool {
         // SAFETY: the submission queue is only read, and this thread is the only one that has it.
-        unsafe { self.ring.submission_shared() }.taskrun()
+        let queue = unsafe { self.ring.submission_shared() };
+        // What overflowed the completion queue comes with the next entry, too.
+        queue.taskrun() || queue.cq_overflow()
     }
 
-    /// Queues an entry. The ring owns what it points to until its completion is reaped.
+    /// How many entries can be pushed.
+    fn room(&mut self) -> usize {
+        let mut queue = self.ring.submission();
+        queue.sync();
+        queue.capacity() - queue.len()
+    }
+
+    /// How many entries were pushed and not taken by the kernel.
+    fn unsubmitted(&mut self) -> usize {
+        let mut queue = self.ring.submission();
+        queue.sync();
+        queue.len()
+    }
+
+    /// Queues an entry. The ring owns what it points to until its completion is reaped. `false` if
+    /// there is no room and the kernel does not make any: the entry was not queued.
     #[inline]
-    fn push(&mut self, entry: &Entry) {
+    #[must_use]
+    fn push(&mut self, cx: &Context, entry: &Entry) -> bool {
         // SAFETY: slots are checked out and stay so until `reap` sees the completion; packets of a batch are kept by `send` until then;
         // registered files are kept open until they are unregistered.
         if unsafe { self.ring.submission().push(entry) }.is_err() {
-            // Full: make room, then there is.
-            self.enter(0, false, None);
+            // Full: make room. Not where that was just refused: each port would wait for itself.
+            if self.refusal.is_none() {
+                self.enter(cx, 0, false, Bound::Call);
+            }
             // SAFETY: as above.
             if unsafe { self.ring.submission().push(entry) }.is_err() {
-                self.broken.get_or_insert(libc::EBUSY);
-                return;
+                return false;
             }
         }
         self.books.outstanding += 1;
+        true
     }
 
-    /// Enters the kernel: submits all that was pushed, and waits for `complete` completions if not zero. Returns early on a signal and on
-    /// the timeout; the caller looks at what completed. A ring that cannot be entered is marked broken.
-    fn enter(&mut self, complete: u32, events: bool, timeout: Option<Duration>) {
-        let mut tries = 0;
-        while self.broken.is_none() {
-            let mut queue = self.ring.submission();
-            queue.sync();
-            let pending = queue.len() as u32;
-            drop(queue);
-            match self.handle.enter(pending, complete, events, timeout) {
-                Ok(taken) if taken >= pending => return,
-                // Stopped in the middle: go on with the rest.
-                Ok(taken) if taken > 0 => {}
-                Ok(_) => tries += 1,
-                Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
-                    libc::ETIME => return,
-                    libc::EINTR if pending == 0 => return,
-                    libc::EINTR => {}
-                    libc::EAGAIN | libc::EBUSY | libc::ENOMEM => {
-                        tries += 1;
-                        std::thread::sleep(Duration::from_micros(100));
-                    }
-                    errno => self.broken = Some(errno),
-                },
-            }
-            if tries >= ENTER_TRIES {
-                self.broken = Some(libc::EAGAIN);
-            }
+    /// Enters the kernel: submits all that was pushed, and waits for `complete` completions if not
+    /// zero. Returns early on a signal and at the bound; the caller looks at what completed.
+    ///
+    /// A ring that cannot be entered for the moment is left with a `refusal`, and what was pushed
+    /// stays in it. One that can never be entered, or keeps writes for too long, is `broken`.
+    #[inline]
+    fn enter(&mut self, cx: &Context, complete: u32, events: bool, bound: Bound) {
+        if self.broken.is_some() {
+            return;
+        }
+        let pending = self.unsubmitted() as u32;
+        let timeout = match bound {
+            Bound::Wait(timeout) if complete > 0 => timeout,
+            _ => None,
+        };
+        let result = self.handle.enter(pending, complete, events, timeout);
+        if !matches!(result, Ok(taken) if taken >= pending && self.refusal.is_none()) {
+            self.insist(cx, complete, events, bound, (pending, result));
         }
     }
 
-    fn broken_error(&self) -> PortError {
-        PortError::new(PortErrorKind::Other, "io_uring_enter", self.broken.unwrap_or(libc::EIO))
+    /// Goes on where entering the ring did not succeed at once.
+    #[cold]
+    fn insist(
+        &mut self,
+        cx: &Context,
+        complete: u32,
+        events: bool,
+        bound: Bound,
+        (mut pending, mut result): (u32, io::Result<u32>),
+    ) {
+        let start = Instant::now();
+        let mut pause = FIRST_PAUSE;
+        let mut interrupts = 0;
+        loop {
+            let refused = match &result {
+                Ok(taken) if *taken >= pending => {
+                    self.refusal = None;
+                    return;
+                }
+                // Stopped in the middle: go on with the rest.
+                Ok(1..) => None,
+                Ok(0) => Some(libc::EAGAIN),
+                Err(error) => match error.raw_os_error().unwrap_or(libc::EIO) {
+                    libc::ETIME => {
+                        self.refusal = None;
+                        return;
+                    }
+                    libc::EINTR if pending == 0 => {
+                        self.refusal = None;
+                        return;
+                    }
+                    libc::EINTR if interrupts < MOST_INTERRUPTS => {
+                        interrupts += 1;
+                        None
+                    }
+                    errno if passes(Some(errno)) => Some(errno),
+                    errno => {
+                        self.broken = Some(errno);
+                        return;
+                    }
+                },
+            };
+            match refused {
+                None => self.refusal = None,
+                Some(errno) => {
+                    let Some(left) = self.patience(cx, errno, bound, start) else {
+                        return;
+                    };
+                    std::thread::sleep(pause.min(left));
+                    pause = (pause * 2).min(LONGEST_BACK_OFF);
+                }
+            }
+            let timeout = match bound {
+                Bound::Wait(Some(timeout)) => Some(timeout.saturating_sub(start.elapsed())),
+                _ => None,
+            };
+            pending = self.unsubmitted() as u32;
+            result = self.handle.enter(pending, complete, events, timeout);
+        }
+    }
+
+    /// Notes a refusal. Returns how much longer to try; `None` to give up.
+    fn patience(&mut self, cx: &Context, errno: i32, bound: Bound, start: Instant) -> Option<Duration> {
+        cx.books.worker.refused_entries.add(1);
+        let now = Instant::now();
+        let since = self.refusal.map_or(now, |refusal| refusal.since);
+        self.refusal = Some(Refusal { since, errno });
+        let stopped = cx.waker.stopped();
+        let limit = match bound {
+            // What these write belongs to the caller, and cannot be left to a later call.
+            _ if self.books.sending > 0 => {
+                if stopped {
+                    CALL_PATIENCE
+                } else {
+                    PATIENCE
+                }
+            }
+            Bound::Wait(_) if cx.interrupted() => Duration::ZERO,
+            Bound::Wait(Some(timeout)) => timeout.min(CALL_PATIENCE),
+            _ if stopped => STOP_PATIENCE,
+            _ => CALL_PATIENCE,
+        };
+        let left = limit.saturating_sub(now - start);
+        if !left.is_zero() {
+            return Some(left);
+        }
+        if self.books.sending > 0 {
+            self.broken = Some(errno);
+        }
+        None
+    }
+
+    /// Whether the ring can be entered; one that was refused is tried again.
+    fn is_open(&mut self, cx: &Context) -> bool {
+        if self.refusal.is_some() {
+            self.enter(cx, 0, false, Bound::Call);
+        }
+        self.broken.is_none() && self.refusal.is_none()
+    }
+
+    /// Why the ring could not be entered the last time.
+    fn error(&self) -> Option<PortError> {
+        let refused = self.refusal.map(|refusal| refusal.errno);
+        self.broken.or(refused).map(enter_error)
     }
 
     /// Takes all completions and files them with their ports. Returns how many of them tell of something to receive.
@@ -751,7 +1002,12 @@ impl RingBackend {
     }
 
     /// Cancels all, waits for the kernel to let go, unregisters. `false` if it did not let go within the bound: the memory must stay.
+    ///
+    /// In a forked child it touches nothing: all of it is the parent's.
     pub(super) fn close(&mut self, cx: &mut Context, ports: &mut Ports) -> bool {
+        if !self.origin.is_here() {
+            return true;
+        }
         let idle = self.cancel_all(cx, ports);
         // The devices are held by the ring until then, and ring teardown is asynchronous.
         let _ = self.ring.submitter().unregister_files();
@@ -765,22 +1021,36 @@ impl RingBackend {
     fn cancel_all(&mut self, cx: &mut Context, ports: &mut Ports) -> bool {
         let deadline = Instant::now() + DRAIN_BOUND;
         // What was pushed and never submitted is not in the kernel's hands.
-        let mut queue = self.ring.submission();
-        queue.sync();
-        let unsubmitted = queue.len();
-        drop(queue);
-        if self.books.outstanding > unsubmitted {
+        let unsubmitted = self.unsubmitted();
+        while self.books.outstanding > unsubmitted && Instant::now() < deadline {
+            // Again in each round: a signal ends it early.
             let _ = self
-                .ring
-                .submitter()
-                .register_sync_cancel(Some(Timespec::from(DRAIN_BOUND)), CancelBuilder::any());
-            while self.books.outstanding > unsubmitted && Instant::now() < deadline {
-                // Not through `enter`: nothing more may be submitted, and a broken ring may still complete.
-                let _ = self.handle.enter(0, 1, true, Some(DRAIN_BOUND / 20));
-                self.reap(cx, ports);
+                .handle
+                .sync_cancel(&self.ring.submitter(), Timespec::from(DRAIN_BOUND / 20));
+            // Not through `enter`: nothing more may be submitted, and a broken ring may still complete.
+            let entered = self.handle.enter(0, 1, true, Some(DRAIN_BOUND / 20));
+            if entered.is_err_and(|error| error.raw_os_error() != Some(libc::ETIME)) {
+                std::thread::sleep(FIRST_PAUSE);
             }
+            self.reap(cx, ports);
         }
         self.books.outstanding <= unsubmitted
+    }
+}
+
+impl Drop for RingBackend {
+    fn drop(&mut self) {
+        if self.origin.is_here() {
+            // The kernel keeps the index for the thread, not for the ring.
+            self.handle.unregister(self.as_fd());
+            // SAFETY: it is dropped here only, and not used afterwards.
+            unsafe { ManuallyDrop::drop(&mut self.ring) };
+        } else {
+            // The ring's memory is not mapped here, and something else may lie in its place. Only
+            // this process's descriptor is given up.
+            // SAFETY: the descriptor is this process's copy, and the ring is not used afterwards.
+            drop(unsafe { OwnedFd::from_raw_fd(self.ring.as_raw_fd()) });
+        }
     }
 }
 
@@ -814,23 +1084,54 @@ fn build() -> io::Result<IoUring> {
     }
 }
 
-fn set_up_error(error: &io::Error) -> OpenError {
+/// Whether an errno of entering or changing a ring may go away by itself.
+fn passes(errno: Option<i32>) -> bool {
+    matches!(errno, Some(libc::EINTR | libc::EAGAIN | libc::EBUSY | libc::ENOMEM))
+}
+
+/// Whether a call may not be made at all: by a sysctl, a sandbox, or an old kernel.
+pub(super) fn is_refused(errno: Option<i32>) -> bool {
+    matches!(errno, Some(libc::EPERM | libc::EACCES | libc::ENOSYS))
+}
+
+/// Lets everything pass but a refusal of the call.
+fn permitted<T>(call: &'static str, result: io::Result<T>) -> Result<(), OpenError> {
+    match result {
+        Err(error) if is_refused(error.raw_os_error()) => Err(call_error(call, &error)),
+        _ => Ok(()),
+    }
+}
+
+fn enter_error(errno: i32) -> PortError {
+    PortError::new(PortErrorKind::Other, "io_uring_enter", errno)
+}
+
+fn call_error(call: &'static str, error: &io::Error) -> OpenError {
     let disabled = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").unwrap_or_default();
-    let (kind, detail) = match error.raw_os_error() {
-        Some(libc::EPERM) if matches!(disabled.trim(), "1" | "2") => (
+    let (kind, detail) = explain(call, error.raw_os_error(), disabled.trim());
+    OpenError::new(kind, call, error, detail)
+}
+
+/// What an errno of an io_uring call means, given the sysctl `kernel.io_uring_disabled`.
+fn explain(call: &str, errno: Option<i32>, disabled: &str) -> (OpenErrorKind, String) {
+    match errno {
+        Some(libc::EPERM) if call == "io_uring_setup" && matches!(disabled, "1" | "2") => (
             OpenErrorKind::IoUring,
             format!(
-                "io_uring is switched off: sysctl kernel.io_uring_disabled is {}",
-                disabled.trim()
+                "io_uring is switched off: sysctl kernel.io_uring_disabled is {disabled}; set it to 0, or use \
+                 Backend::Syscalls"
             ),
         ),
         Some(libc::EPERM | libc::EACCES) => (
             OpenErrorKind::IoUring,
-            "io_uring is refused, most likely by a container's seccomp profile".to_owned(),
+            "the call is refused, most likely by a container's seccomp profile; allow it there, or use \
+             Backend::Syscalls"
+                .to_owned(),
         ),
         Some(libc::ENOSYS) => (
             OpenErrorKind::IoUring,
-            "io_uring is not in this kernel, or a sandbox hides it".to_owned(),
+            "the call is not in this kernel, or a sandbox hides it; allow it there, or use Backend::Syscalls"
+                .to_owned(),
         ),
         Some(libc::ENOMEM) => (
             OpenErrorKind::MemoryLimit,
@@ -838,9 +1139,44 @@ fn set_up_error(error: &io::Error) -> OpenError {
         ),
         Some(libc::EMFILE | libc::ENFILE) => (
             OpenErrorKind::DescriptorLimit,
-            "out of descriptors (ulimit -n)".to_owned(),
+            "out of descriptors; raise the limit of open files (ulimit -n) above 257".to_owned(),
         ),
-        _ => (OpenErrorKind::IoUring, "io_uring could not be set up".to_owned()),
-    };
-    OpenError::new(kind, "io_uring_setup", error, detail)
+        _ => (
+            OpenErrorKind::IoUring,
+            "io_uring cannot be used; use Backend::Syscalls".to_owned(),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // T28: the sysctl is the whole machine's, so only the sorting of its errno is tried.
+    #[test]
+    fn a_refusal_names_its_cause_and_remedy() {
+        for disabled in ["1", "2"] {
+            let (kind, detail) = explain("io_uring_setup", Some(libc::EPERM), disabled);
+            assert_eq!(kind, OpenErrorKind::IoUring);
+            assert!(
+                detail.contains(&format!("kernel.io_uring_disabled is {disabled}")),
+                "{detail}"
+            );
+        }
+        for (call, errno, disabled) in [
+            ("io_uring_setup", libc::EPERM, "0"),
+            ("io_uring_setup", libc::EPERM, ""),
+            ("io_uring_register(FILES)", libc::EPERM, "1"),
+            ("io_uring_enter", libc::EACCES, "0"),
+        ] {
+            let (kind, detail) = explain(call, Some(errno), disabled);
+            assert_eq!(kind, OpenErrorKind::IoUring);
+            assert!(
+                detail.contains("seccomp") && !detail.contains("sysctl"),
+                "{call}: {detail}"
+            );
+        }
+        let (kind, _) = explain("io_uring_register(FILES)", Some(libc::EMFILE), "0");
+        assert_eq!(kind, OpenErrorKind::DescriptorLimit);
+    }
 }

@@ -25,7 +25,7 @@ pub(super) struct SyscallBackend {
 }
 
 impl Writer for SyscallBackend {
-    fn fault(&self) -> Option<PortError> {
+    fn fault(&mut self, _cx: &Context) -> Option<PortError> {
         None
     }
 

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use crate::sync::{AtomicBool, fence};
 use crate::sys::fd;
+use crate::sys::forked::Origin;
 
 /// Wakes a worker, or tells it to stop, from any thread.
 ///
@@ -29,8 +30,10 @@ impl Waker {
 
     /// Asks the worker to stop: ends its current and every later wait; [`Wake::stopped`](crate::Wake::stopped) tells it. Cannot be undone.
     pub fn stop(&self) {
-        self.0.0.stopped.store(true, Ordering::Release);
-        self.0.ring();
+        // Once: the flag stays, so every later wait ends by itself.
+        if !self.0.0.stopped.swap(true, Ordering::AcqRel) {
+            self.0.ring();
+        }
     }
 }
 
@@ -43,6 +46,7 @@ struct Inner {
     eventfd: OwnedFd,
     #[cfg(loom)]
     bell: crate::sync::Bell,
+    origin: Origin,
     woken: AtomicBool,
     stopped: AtomicBool,
     /// The worker sleeps, or is about to: who hands something over has to ring.
@@ -56,17 +60,21 @@ impl WakeHandle {
             eventfd,
             #[cfg(loom)]
             bell: crate::sync::Bell::new(),
+            origin: Origin::here(),
             woken: AtomicBool::new(false),
             stopped: AtomicBool::new(false),
             asleep: AtomicBool::new(false),
         })))
     }
 
-    /// Ends the worker's sleep without telling it why.
+    /// Ends the worker's sleep without telling it why. Nothing in a forked child, which shares the
+    /// doorbell with its parent's worker.
     pub(crate) fn ring(&self) {
-        fd::eventfd_ring(self.0.eventfd.as_fd());
-        #[cfg(loom)]
-        self.0.bell.ring();
+        if self.0.origin.is_here() {
+            fd::eventfd_ring(self.0.eventfd.as_fd());
+            #[cfg(loom)]
+            self.0.bell.ring();
+        }
     }
 
     /// Ends the worker's sleep, if it sleeps, after something was put where it looks before it falls asleep.
@@ -226,5 +234,22 @@ mod models {
                 thread.join().expect("no panic");
             }
         });
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::Read;
+
+    #[test]
+    fn stopping_again_rings_no_second_time() {
+        let handle = WakeHandle::new().expect("eventfd");
+        (0..5).for_each(|_| Waker::new(handle.clone()).stop());
+        let mut rings = [0; 8];
+        let mut doorbell = File::from(handle.as_fd().try_clone_to_owned().expect("a descriptor"));
+        doorbell.read_exact(&mut rings).expect("it rang");
+        assert_eq!(u64::from_ne_bytes(rings), 1);
     }
 }
