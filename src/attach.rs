@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
@@ -15,9 +17,9 @@ pub(crate) const COMPARED: u16 =
     tun::IFF_TUN | tun::IFF_TAP | tun::IFF_VNET_HDR | tun::IFF_MULTI_QUEUE | tun::IFF_NAPI | tun::IFF_NAPI_FRAGS;
 
 /// Opens the tun node, non-blocking. The descriptor belongs to the calling thread's network namespace.
-pub(crate) fn open_node() -> Result<OwnedFd, OpenError> {
+pub(crate) fn open_node(nonblocking: bool) -> Result<OwnedFd, OpenError> {
     const CALL: &str = "open(/dev/net/tun)";
-    tun::open_node(true).map_err(|error| {
+    let node = tun::open_node(nonblocking).map_err(|error| {
         let (kind, detail) = match error.raw_os_error() {
             Some(libc::ENOENT) => (
                 OpenErrorKind::NoTunNode,
@@ -37,7 +39,39 @@ pub(crate) fn open_node() -> Result<OwnedFd, OpenError> {
             _ => return os_error(CALL, &error),
         };
         OpenError::new(kind, CALL, &error, detail)
-    })
+    })?;
+    if !tun::is_tun(node.as_fd()).map_err(|error| os_error("fstat", &error))? {
+        let detail = "/dev/net/tun is a file or another device, not the character device 10:200; replace it \
+                      (rm /dev/net/tun; mknod /dev/net/tun c 10 200)";
+        return Err(OpenError::refused(OpenErrorKind::NoTunNode, CALL, detail));
+    }
+    Ok(node)
+}
+
+/// How long a name that is taken may be that of a device which is about to go.
+const GOING: Duration = Duration::from_millis(200);
+
+/// Like [`set_iff`], but waits a moment for a TUN/TAP device that is in the way: after its holder was killed it stays for some tens of
+/// milliseconds, until the kernel has taken its rings apart.
+pub(crate) fn set_iff_once_free(
+    fd: BorrowedFd<'_>,
+    name: &IfName,
+    flags: u16,
+    control: &ControlSocket,
+) -> Result<IfName, OpenError> {
+    let deadline = Instant::now() + GOING;
+    loop {
+        let error = match tun::set_iff(fd, name, flags) {
+            Ok(name) => return Ok(name),
+            Err(error) => error,
+        };
+        let in_the_way = matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EINVAL))
+            && matches!(present(name, control), Some(Present::Tun(_)));
+        if !in_the_way || Instant::now() >= deadline {
+            return Err(explain_set_iff(&error, name, flags, control));
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// TUNSETIFF with the causes told apart, for which the control socket must be of the namespace of `fd`.
@@ -230,34 +264,27 @@ fn explain_set_iff(error: &io::Error, name: &IfName, flags: u16, control: &Contr
         Some(libc::EBUSY) if flags & tun::IFF_TUN_EXCL != 0 => (
             OpenErrorKind::NameTaken,
             match present {
+                Some(Present::Tun(mode)) if mode.iff() & flags == 0 => other_mode(name, mode),
                 Some(Present::Tun(mode)) => {
                     format!(
-                        "{name:?} is the name of {} device already; attach_existing(true) attaches to it",
+                        "{name:?} is the name of {} device already; use another name, or attach_existing(true) if it is persistent or has \
+                         IFF_MULTI_QUEUE and is meant to be shared",
                         article(mode)
                     )
                 }
-                Some(Present::Other(what)) => {
-                    format!("{name:?} is the name of another kind of device already ({what})")
-                }
+                Some(Present::Other(what)) => other_driver(name, &what),
                 None => format!("{name:?} was the name of another device just now"),
             },
         ),
         Some(libc::EBUSY) => (
             OpenErrorKind::NameTaken,
-            format!("{name:?} was created with a single queue, and somebody holds it"),
+            format!(
+                "{name:?} has a single queue, and another descriptor holds it; end the program that has it, or use another name"
+            ),
         ),
         Some(libc::EINVAL) => match present {
-            Some(Present::Other(what)) => (
-                OpenErrorKind::NameTaken,
-                format!("{name:?} is the name of another kind of device already ({what})"),
-            ),
-            Some(Present::Tun(mode)) if mode.iff() & flags == 0 => (
-                OpenErrorKind::NameTaken,
-                format!(
-                    "{name:?} is the name of {} device already, which is the other mode",
-                    article(mode)
-                ),
-            ),
+            Some(Present::Other(what)) => (OpenErrorKind::NameTaken, other_driver(name, &what)),
+            Some(Present::Tun(mode)) if mode.iff() & flags == 0 => (OpenErrorKind::NameTaken, other_mode(name, mode)),
             Some(Present::Tun(_)) if flags & tun::IFF_MULTI_QUEUE != 0 => (
                 OpenErrorKind::QueueModeMismatch,
                 format!(
@@ -266,11 +293,15 @@ fn explain_set_iff(error: &io::Error, name: &IfName, flags: u16, control: &Contr
             ),
             Some(Present::Tun(_)) => (
                 OpenErrorKind::QueueModeMismatch,
-                format!("{name:?} was created with IFF_MULTI_QUEUE; say multi_queue(true) to attach a single queue"),
+                format!(
+                    "{name:?} was created with IFF_MULTI_QUEUE; use Builder::multi_queue(true) to attach a single queue"
+                ),
             ),
             None => (
                 OpenErrorKind::InvalidName,
-                format!("the kernel takes no device named {name:?}, or no such flags"),
+                format!(
+                    "the kernel takes no device named {name:?}; use at most one %d, and neither slash, colon nor white space"
+                ),
             ),
         },
         Some(libc::E2BIG) => (
@@ -304,6 +335,17 @@ fn present(name: &IfName, control: &ControlSocket) -> Option<Present> {
     })
 }
 
+fn other_mode(name: &IfName, mode: Mode) -> String {
+    format!(
+        "{name:?} is the name of {} device already, which is the other mode; use another name, or delete that device",
+        article(mode)
+    )
+}
+
+fn other_driver(name: &IfName, what: &str) -> String {
+    format!("{name:?} is the name of another kind of device already ({what}); use another name")
+}
+
 fn article(mode: Mode) -> &'static str {
     match mode {
         Mode::Tun => "a TUN",
@@ -313,7 +355,7 @@ fn article(mode: Mode) -> &'static str {
 
 /// Opens one more queue of a device that exists, in the calling thread's namespace.
 pub(crate) fn open_further(name: &IfName, asked: u16, control: &ControlSocket) -> Result<OwnedFd, OpenError> {
-    let fd = open_node()?;
+    let fd = open_node(true)?;
     set_iff(fd.as_fd(), name, asked, control)?;
     verify(fd.as_fd(), name, asked)?;
     Ok(fd)

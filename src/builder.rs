@@ -237,6 +237,8 @@ impl Builder {
 
     /// Opens the device and all its queues, and applies the settings. Flags are read back from each queue and compared.
     ///
+    /// A name that is in use by a TUN or TAP device is tried again for 200 ms: the device of a program that was killed stays for a moment.
+    ///
     /// If any step fails, everything opened is closed, and a device that was created here is gone. Settings changed on a device that
     /// existed before ([`attach_existing`](Self::attach_existing)) stay changed.
     ///
@@ -357,16 +359,21 @@ impl Builder {
 
     fn open_queues(&self, asked: u16, control: &ControlSocket) -> Result<Opened, OpenError> {
         let mut fds = Vec::with_capacity(self.queues);
-        let first = attach::open_node()?;
+        let first = attach::open_node(true)?;
         let wanted = IfName::truncated(&self.name);
         let mut attached = false;
         // Exclusive, so that we know whether the device is ours.
-        let name = match attach::set_iff(first.as_fd(), &wanted, asked | tun::IFF_TUN_EXCL, control) {
-            Err(error) if self.attach_existing && error.raw_os_error() == Some(libc::EBUSY) => {
-                attached = true;
-                attach::set_iff(first.as_fd(), &wanted, asked, control)?
+        let exclusive = asked | tun::IFF_TUN_EXCL;
+        let name = if self.attach_existing {
+            match attach::set_iff(first.as_fd(), &wanted, exclusive, control) {
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    attached = true;
+                    attach::set_iff_once_free(first.as_fd(), &wanted, asked, control)?
+                }
+                result => result?,
             }
-            result => result?,
+        } else {
+            attach::set_iff_once_free(first.as_fd(), &wanted, exclusive, control)?
         };
         fds.push(first);
         for _ in 1..self.queues {
@@ -701,7 +708,15 @@ fn netlink_error(error: &io::Error, subject: String) -> OpenError {
         libc::ENETUNREACH | libc::EHOSTUNREACH => format!("{subject}: the gateway cannot be reached over this device"),
         libc::ENETDOWN => format!("{subject}: the device is down; say up(true)"),
         libc::EINVAL | libc::EADDRNOTAVAIL => {
-            format!("{subject}: the kernel does not take it (host bits set, an MTU below 1280 with IPv6, …): {error}")
+            let why = RequestError::of(error).map_or("", RequestError::explanation);
+            let why = if why.is_empty() {
+                String::new()
+            } else {
+                format!(": {why}")
+            };
+            format!(
+                "{subject} is not taken by the kernel{why}; clear the bits after the prefix, and give IPv6 an MTU of at least 1280"
+            )
         }
         libc::EACCES | libc::EOPNOTSUPP | libc::EAFNOSUPPORT => {
             format!("{subject}: this address family is off (sysctl net.ipv6.conf.all.disable_ipv6)")

@@ -237,7 +237,7 @@ impl Device {
     }
 
     /// Runs `work` on a thread in the device's network namespace; on this thread if it is there already.
-    #[cfg(feature = "engine")]
+    #[cfg(any(feature = "engine", feature = "netlink"))]
     pub(crate) fn in_its_namespace<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
         match &self.inner.entrance {
             _ if NetnsId::current().ok() == self.inner.netns => Ok(work()),

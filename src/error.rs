@@ -2,11 +2,28 @@
 
 use std::fmt;
 use std::io;
+use std::sync::OnceLock;
 
 /// Why a device, a queue or a worker could not be opened.
 ///
-/// It keeps the call that failed and its errno, and says the likely cause in words. Converts into [`io::Error`] with the errno kept
-/// (`raw_os_error` of the source, the kind of the errno).
+/// It keeps the call that failed and its errno, and says the likely cause in words; [`source`](std::error::Error::source) is the
+/// [`io::Error`] of that errno.
+///
+/// It converts into an [`io::Error`] of the same [`kind`](io::Error::kind) and text. Such an error carries no errno of its own:
+/// its `raw_os_error()` is `None`, since std keeps either a text or a number. Both are inside:
+///
+/// ```
+/// use std::error::Error;
+/// use std::io;
+/// use tun_driver::{Builder, Mode, OpenError};
+///
+/// let error = Builder::new("many", Mode::Tun).queues(257).open().unwrap_err();
+/// let error = io::Error::from(error);
+/// let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<OpenError>()).unwrap();
+/// assert_eq!(inner.raw_os_error(), Some(7)); // E2BIG
+/// let source = error.source().and_then(|source| source.downcast_ref::<io::Error>()).unwrap();
+/// assert_eq!(source.raw_os_error(), Some(7));
+/// ```
 #[derive(Debug)]
 pub struct OpenError {
     kind: OpenErrorKind,
@@ -105,7 +122,12 @@ impl fmt::Display for OpenError {
     }
 }
 
-impl std::error::Error for OpenError {}
+impl std::error::Error for OpenError {
+    /// The [`io::Error`] of the errno, if there is one.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        os_error(self.errno?)
+    }
+}
 
 impl From<OpenError> for io::Error {
     fn from(error: OpenError) -> Self {
@@ -120,7 +142,8 @@ impl From<OpenError> for io::Error {
 /// Why packets could not be moved through a port.
 ///
 /// [`kind`](Self::kind) sorts the errnos by what the caller should do; the errno and the call are kept. The caller knows the port; in messages,
-/// put [`Worker::port_name`](crate::Worker::port_name) in front.
+/// put [`Worker::port_name`](crate::Worker::port_name) in front. [`source`](std::error::Error::source) is the [`io::Error`] of the errno, also
+/// after conversion into an [`io::Error`], as with [`OpenError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortError {
     kind: PortErrorKind,
@@ -245,7 +268,7 @@ impl SocketErrno {
 impl fmt::Display for PortError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let advice = match self.kind {
-            PortErrorKind::Gone => "the device or socket is gone; detach the port",
+            PortErrorKind::Gone => "the device or socket is gone; close or detach what used it",
             PortErrorKind::Down => "the device is down; bring it up (ip link set … up) and send again",
             PortErrorKind::Backpressure => "the receiver is full; wait a little, then send the rest",
             PortErrorKind::Truncated => {
@@ -267,7 +290,22 @@ impl fmt::Display for PortError {
     }
 }
 
-impl std::error::Error for PortError {}
+impl std::error::Error for PortError {
+    /// The [`io::Error`] of the errno.
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        os_error(self.errno)
+    }
+}
+
+/// The [`io::Error`] of an errno, to be lent by errors that keep the number only.
+fn os_error(errno: i32) -> Option<&'static (dyn std::error::Error + 'static)> {
+    /// One more than EHWPOISON, the largest errno of most architectures.
+    const ERRNOS: usize = 134;
+    static ERRORS: [OnceLock<io::Error>; ERRNOS] = [const { OnceLock::new() }; ERRNOS];
+
+    let place = ERRORS.get(usize::try_from(errno).ok()?)?;
+    Some(place.get_or_init(|| io::Error::from_raw_os_error(errno)))
+}
 
 impl From<PortError> for io::Error {
     fn from(error: PortError) -> Self {

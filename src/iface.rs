@@ -4,7 +4,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
 
-use crate::sys::netdevice::IfName;
+use crate::attach;
+use crate::error::PortError;
+use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::tun;
 
 /// Which kind of packets a device carries.
@@ -75,11 +77,21 @@ impl Iface {
     ///
     /// # Errors
     ///
-    /// Those of open(2) and of the TUNSETIFF ioctl, with their errno (`raw_os_error`):
+    /// Those of open(2) and of the TUNSETIFF ioctl. Each has an [`OpenError`](crate::OpenError) inside (`get_ref`), whose text names the
+    /// call, the likely cause and a remedy, and whose `raw_os_error` is the errno; the [`kind`](io::Error::kind) is that of the errno.
+    /// `raw_os_error` of the [`io::Error`] itself is `None`, as of every one that has a text:
+    ///
+    /// ```no_run
+    /// use tun_driver::{Iface, Mode, OpenError};
+    ///
+    /// let error = Iface::new("lo", Mode::Tun).unwrap_err();
+    /// let errno = error.get_ref().and_then(|inner| inner.downcast_ref::<OpenError>()?.raw_os_error());
+    /// eprintln!("{error} ({errno:?})");
+    /// ```
     ///
     /// * **EPERM**: the caller may not create devices here, which takes CAP_NET_ADMIN (run as root, or give the program the capability
     ///   by `setcap cap_net_admin+ep`); or the device exists and belongs to another user.
-    /// * **EBUSY**: the name is taken by a device that is in use.
+    /// * **EBUSY**: the name is taken by a device that is in use, and was for 200 ms: the device of a program that was killed stays for a moment.
     /// * EINVAL: the name is not one for a device, or belongs to a device of another kind (TAP and not TUN, Ethernet, multi-queue).
     /// * ENOENT, EACCES: `/dev/net/tun` is missing, or may not be opened by this user. ENODEV: the kernel has no `tun` driver loaded.
     pub fn new(ifname: &str, mode: Mode) -> io::Result<Self> {
@@ -115,10 +127,11 @@ impl Iface {
     ///
     /// # Errors
     ///
-    /// EBADFD, or EFAULT if it was waiting at that moment: the device was deleted. EINTR: a signal handler ran. EINVAL: `buf` is
+    /// EBADFD, or EFAULT if it was waiting at that moment: the device was deleted; such an error has a
+    /// [`PortError`](crate::PortError) inside, which says so. EINTR: a signal handler ran. EINVAL: `buf` is
     /// shorter than the packet information.
     pub fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
-        (&self.file).read(buf)
+        (&self.file).read(buf).map_err(|error| explain("read", error))
     }
 
     /// Gives the packet in `buf` to the network stack. Returns how many bytes were taken: all of them.
@@ -131,28 +144,33 @@ impl Iface {
     /// EIO: the device is down; set it up. EINVAL: not a packet (TUN without packet information: not IPv4 or IPv6 by its first four
     /// bits; TAP: shorter than an Ethernet header). EBADFD: the device was deleted.
     pub fn send(&self, buf: &[u8]) -> io::Result<usize> {
-        (&self.file).write(buf)
+        (&self.file).write(buf).map_err(|error| explain("write", error))
     }
 
     fn open(ifname: &str, mode: Mode, flags: u16) -> io::Result<Self> {
         // Neither IFF_MULTI_QUEUE, with which a second open of the name would attach, nor IFF_TUN_EXCL, which refuses persistent devices.
         let asked = mode.iff() | flags;
-        let fd = tun::open_node(false)?;
-        let name = tun::set_iff(fd.as_fd(), &IfName::truncated(ifname), asked)?;
+        let fd = attach::open_node(false)?;
+        let control = ControlSocket::new().map_err(|error| attach::os_error("socket(AF_UNIX)", &error))?;
+        let name = attach::set_iff_once_free(fd.as_fd(), &IfName::truncated(ifname), asked, &control)?;
         // The kernel ignores what it does not know, so ask what it did. (It does not tell IFF_NO_PI, but a device with a single queue takes
         // that from its first user.)
-        let (_, granted) = tun::iff(fd.as_fd())?;
-        let matters = tun::IFF_TUN | tun::IFF_TAP | tun::IFF_VNET_HDR | tun::IFF_MULTI_QUEUE;
-        if granted & matters != asked & matters {
-            return Err(io::Error::from_raw_os_error(libc::EINVAL));
-        }
+        attach::verify(fd.as_fd(), &name, asked)?;
         // A persistent device keeps the offloads of whoever had it before: packets up to 64 KiB would come without their header.
-        tun::set_offload(fd.as_fd(), 0)?;
+        tun::set_offload(fd.as_fd(), 0).map_err(|error| attach::os_error("ioctl(TUNSETOFFLOAD)", &error))?;
         Ok(Self {
             file: fd.into(),
             mode,
             name: name.lossy().into_owned(),
         })
+    }
+}
+
+/// Says what the errnos of a deleted device mean. All others may be about one packet or one moment: they stay as they are, and cost nothing.
+fn explain(call: &'static str, error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(errno @ (libc::EBADFD | libc::EFAULT)) => PortError::from_errno(call, errno).into(),
+        _ => error,
     }
 }
 

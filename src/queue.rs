@@ -45,6 +45,11 @@ pub struct Granted {
     pub persist: bool,
     /// What the kernel may hand over unfinished or uncut. The same may be sent so.
     pub offloads: Offloads,
+    /// Enabled queues of the device now, those of other processes included; `None` where it is not known: without the feature `netlink`, for
+    /// a single-queue device, for adopted queues whose namespace the kernel does not tell, and after a move to another namespace.
+    pub queues: Option<u32>,
+    /// Disabled queues of the device now, likewise.
+    pub disabled_queues: Option<u32>,
 }
 
 impl MultiQueue {
@@ -179,7 +184,27 @@ impl MultiQueue {
             napi: self.flags & tun::IFF_NAPI != 0,
             persist: self.flags & tun::IFF_PERSIST != 0,
             offloads: self.info().offloads.get(),
+            queues: self.all_queues().map(|(enabled, _)| enabled),
+            disabled_queues: self.all_queues().map(|(_, disabled)| disabled),
         }
+    }
+
+    /// Enabled and disabled queues, whoever has them.
+    #[cfg(feature = "netlink")]
+    fn all_queues(&self) -> Option<(u32, u32)> {
+        let device = self.device.as_ref()?;
+        let ask = || crate::netlink::Handle::new()?.link(device.index());
+        let link = device.in_its_namespace(ask).ok()?.ok()?;
+        // After the answer, so that it is about this device.
+        let tun = link
+            .tun
+            .filter(|tun| tun.multi_queue && matches!(device.departed(), Ok(None)))?;
+        Some((tun.queues, tun.disabled_queues))
+    }
+
+    #[cfg(not(feature = "netlink"))]
+    fn all_queues(&self) -> Option<(u32, u32)> {
+        None
     }
 
     /// Whether the queues are known to be of one device. Always so unless they were adopted without CAP_NET_ADMIN

@@ -4,6 +4,7 @@ mod common;
 mod device;
 
 use std::fs::File;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
@@ -45,6 +46,7 @@ fn main() {
         }),
         trial("no 257 queues and not none", || {
             need_tun();
+            // T11
             let error = Builder::new("many", Mode::Tun).queues(257).open().unwrap_err();
             assert_eq!(
                 (error.kind(), error.raw_os_error()),
@@ -249,9 +251,75 @@ fn main() {
                     );
                     assert!(error.detail().contains(words), "{error}");
                     assert!(error.to_string().contains("TUNSETIFF"), "{error}");
+                    // Attaching helps only where the modes agree.
+                    assert_eq!(error.detail().contains("attach_existing"), name == "t", "{error}");
+                    let source =
+                        std::error::Error::source(&error).and_then(|source| source.downcast_ref::<io::Error>());
+                    assert_eq!(source.and_then(io::Error::raw_os_error), Some(libc::EBUSY));
                     assert_eq!(std::io::Error::from(error).kind(), std::io::ErrorKind::ResourceBusy);
                 }
             }
+        }),
+        trial("a name that becomes free in a moment is waited for", || {
+            need_tun();
+            // As after kill -9: the kernel takes the device down a little later. How late this thread is does not matter in each round.
+            type Open = fn() -> bool;
+            let ways: [(&str, Open); 4] = [
+                ("Builder", || Builder::new("busy", Mode::Tun).open().is_ok()),
+                ("Builder, several queues", || {
+                    Builder::new("busy", Mode::Tap).queues(2).open().is_ok()
+                }),
+                ("Builder, attaching", || {
+                    Builder::new("busy", Mode::Tun).attach_existing(true).open().is_ok()
+                }),
+                ("Iface", || Iface::new("busy", Mode::Tun).is_ok()),
+            ];
+            for (way, open) in ways {
+                let waited = (0..20).any(|_| {
+                    let held = Builder::new("busy", Mode::Tun).open().unwrap();
+                    let going = std::thread::spawn(move || {
+                        std::thread::sleep(std::time::Duration::from_millis(20));
+                        drop(held);
+                    });
+                    let opened = open();
+                    going.join().unwrap();
+                    opened
+                });
+                assert!(waited, "{way} does not wait");
+            }
+        }),
+        trial("queues of others are seen in what was granted", || {
+            need_tun();
+            let device = Builder::new("shared", Mode::Tun).queues(2).open().unwrap();
+            let seen = || (device.granted().queues, device.granted().disabled_queues);
+            assert_eq!(seen(), (Some(2), Some(0)));
+            let other = Builder::new("shared", Mode::Tun)
+                .queues(3)
+                .attach_existing(true)
+                .open()
+                .unwrap();
+            assert_eq!(seen(), (Some(5), Some(0)));
+            other.queues()[0].disable().unwrap();
+            assert_eq!(seen(), (Some(4), Some(1)));
+            drop(other);
+            assert_eq!(seen(), (Some(2), Some(0)));
+            let single = Builder::new("single", Mode::Tun).open().unwrap();
+            assert_eq!(single.granted().queues, None);
+        }),
+        trial("an address that the MTU forbids is refused in one sentence", || {
+            need_tun();
+            let error = Builder::new("short", Mode::Tun)
+                .mtu(1279)
+                .address("fd00::1".parse::<IpAddr>().unwrap(), 64)
+                .open()
+                .unwrap_err();
+            let text = error.to_string();
+            assert_eq!(
+                (text.matches("os error").count(), text.matches("RTM_NEWADDR").count()),
+                (1, 1),
+                "{text}"
+            );
+            assert!(text.contains("fd00::1/64") && text.contains("1280"), "{text}");
         }),
         trial("attaching says what is in the way", || {
             need_tun();
@@ -308,6 +376,7 @@ fn main() {
         }),
         trial("other flags than granted are found out", || {
             need_tun();
+            // T11
             let flags = libc::IFF_TUN | libc::IFF_NO_PI | libc::IFF_MULTI_QUEUE | libc::IFF_VNET_HDR;
             let _held = raw_tun("vnet", flags).unwrap();
             let error = Builder::new("vnet", Mode::Tun)
@@ -684,6 +753,7 @@ fn main() {
         }),
         trial("without privilege it says which one is missing", || {
             need_tun();
+            // T29
             drop(
                 Builder::new("mine", Mode::Tun)
                     .queues(2)
@@ -734,6 +804,19 @@ fn main() {
                     (OpenErrorKind::NoTunNode, Some(libc::EACCES))
                 );
             });
+            for node in [Node::File, Node::Null] {
+                unprivileged(NOBODY, node, || {
+                    let error = Builder::new("fresh", Mode::Tun).open().unwrap_err();
+                    assert_eq!(
+                        (error.kind(), error.raw_os_error()),
+                        (OpenErrorKind::NoTunNode, None),
+                        "{error}"
+                    );
+                    assert!(error.detail().contains("10:200"), "{error}");
+                    let error = Iface::new("fresh", Mode::Tun).unwrap_err();
+                    assert!(error.to_string().contains("10:200"), "{error}");
+                });
+            }
             unprivileged(NOBODY, Node::Missing, || {
                 let error = Builder::new("fresh", Mode::Tun).open().unwrap_err();
                 assert_eq!(

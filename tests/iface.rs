@@ -3,6 +3,8 @@
 mod common;
 mod device;
 
+use std::error::Error;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
@@ -10,7 +12,7 @@ use std::time::Duration;
 use common::{need_tun, trial};
 use device::{NOBODY, Node, descriptor_flags, exists, link, socket_behind, udp_packet, udp_payload, unprivileged};
 use tun_driver::netlink::Handle;
-use tun_driver::{Builder, Iface, Mode};
+use tun_driver::{Builder, Iface, Mode, OpenError};
 
 fn main() {
     common::run(vec![
@@ -52,21 +54,45 @@ fn main() {
             need_tun();
             for name in ["a/b", "a b", "a:b", ".", "..", "%s", "a%d%d", "à", "all", "default"] {
                 let error = Iface::new(name, Mode::Tun).unwrap_err();
-                assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{name:?}");
+                assert_eq!(errno(&error), Some(libc::EINVAL), "{name:?}");
             }
         }),
         trial("a taken name is refused", || {
             need_tun();
             let _held = Iface::new("held", Mode::Tun).unwrap();
             let again = Iface::new("held", Mode::Tun).unwrap_err();
-            assert_eq!(again.raw_os_error(), Some(libc::EBUSY), "the same mode");
+            assert_eq!(errno(&again), Some(libc::EBUSY), "the same mode");
             let other = Iface::new("held", Mode::Tap).unwrap_err();
-            assert_eq!(other.raw_os_error(), Some(libc::EINVAL), "the other mode");
+            assert_eq!(errno(&other), Some(libc::EINVAL), "the other mode");
             let lo = Iface::new("lo", Mode::Tun).unwrap_err();
-            assert_eq!(lo.raw_os_error(), Some(libc::EINVAL), "not a TUN/TAP device at all");
+            assert_eq!(errno(&lo), Some(libc::EINVAL), "not a TUN/TAP device at all");
             let _queues = Builder::new("many", Mode::Tun).queues(2).open().unwrap();
             let many = Iface::new("many", Mode::Tun).unwrap_err();
-            assert_eq!(many.raw_os_error(), Some(libc::EINVAL), "a device of several queues");
+            assert_eq!(errno(&many), Some(libc::EINVAL), "a device of several queues");
+        }),
+        trial("an error names the call, the cause and a remedy", || {
+            need_tun();
+            // T29
+            let _tap = Iface::new("tap", Mode::Tap).unwrap();
+            let _queues = Builder::new("many", Mode::Tun).queues(2).open().unwrap();
+            let _held = Iface::new("held", Mode::Tun).unwrap();
+            for (name, errno, words) in [
+                ("a%d%d", libc::EINVAL, "at most one %d"),
+                ("lo", libc::EINVAL, "another kind of device"),
+                ("many", libc::EINVAL, "multi_queue(true)"),
+                ("tap", libc::EINVAL, "the other mode"),
+                ("held", libc::EBUSY, "end the program that has it"),
+            ] {
+                let error = Iface::new(name, Mode::Tun).unwrap_err();
+                let text = error.to_string();
+                assert!(text.starts_with("ioctl(TUNSETIFF): ") && text.contains(words), "{text}");
+                assert_eq!(error.kind(), io::Error::from_raw_os_error(errno).kind(), "{text}");
+                let inner = error
+                    .get_ref()
+                    .and_then(|inner| inner.downcast_ref::<OpenError>())
+                    .unwrap();
+                assert_eq!(inner.raw_os_error(), Some(errno), "{text}");
+            }
         }),
         trial("a device is gone when its drop returns", || {
             need_tun();
@@ -254,14 +280,15 @@ fn main() {
             // Whether it waits already when the device goes decides which of two errnos it gets.
             std::thread::sleep(Duration::from_millis(20));
             netlink.delete(index).unwrap();
-            let errno = waiting.join().unwrap().raw_os_error();
-            assert!(matches!(errno, Some(libc::EFAULT | libc::EBADFD)), "{errno:?}");
-            assert_eq!(
-                iface.recv(&mut [0; 2000]).unwrap_err().raw_os_error(),
-                Some(libc::EBADFD)
+            let error = waiting.join().unwrap();
+            assert!(matches!(errno(&error), Some(libc::EFAULT | libc::EBADFD)), "{error:?}");
+            assert!(
+                error.to_string().contains("read: ") && error.to_string().contains("is gone"),
+                "{error}"
             );
+            assert_eq!(errno(&iface.recv(&mut [0; 2000]).unwrap_err()), Some(libc::EBADFD));
             assert_eq!(
-                iface.send(&udp_packet(9, b"x")).unwrap_err().raw_os_error(),
+                errno(&iface.send(&udp_packet(9, b"x")).unwrap_err()),
                 Some(libc::EBADFD)
             );
         }),
@@ -292,33 +319,33 @@ fn main() {
                 let iface = Iface::new("owned", Mode::Tun).expect("its owner may");
                 assert_eq!(iface.name(), "owned");
                 assert_eq!(
-                    Iface::new("owned", Mode::Tun).unwrap_err().raw_os_error(),
+                    errno(&Iface::new("owned", Mode::Tun).unwrap_err()),
                     Some(libc::EBUSY),
                     "in use"
                 );
                 assert_eq!(
-                    Iface::new("fresh", Mode::Tun).unwrap_err().raw_os_error(),
+                    errno(&Iface::new("fresh", Mode::Tun).unwrap_err()),
                     Some(libc::EPERM),
                     "create"
                 );
             });
             unprivileged(NOBODY - 1, Node::Mode(0o666), || {
                 assert_eq!(
-                    Iface::new("owned", Mode::Tun).unwrap_err().raw_os_error(),
+                    errno(&Iface::new("owned", Mode::Tun).unwrap_err()),
                     Some(libc::EPERM),
                     "not its owner"
                 );
             });
             unprivileged(NOBODY, Node::Mode(0o600), || {
                 assert_eq!(
-                    Iface::new("owned", Mode::Tun).unwrap_err().raw_os_error(),
+                    errno(&Iface::new("owned", Mode::Tun).unwrap_err()),
                     Some(libc::EACCES),
                     "node"
                 );
             });
             unprivileged(NOBODY, Node::Missing, || {
                 assert_eq!(
-                    Iface::new("owned", Mode::Tun).unwrap_err().raw_os_error(),
+                    errno(&Iface::new("owned", Mode::Tun).unwrap_err()),
                     Some(libc::ENOENT),
                     "node"
                 );
@@ -338,6 +365,12 @@ fn main() {
             },
         ),
     ])
+}
+
+/// The errno at the end of an error's sources.
+fn errno(error: &io::Error) -> Option<i32> {
+    let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+    source.unwrap_or(error).raw_os_error()
 }
 
 /// The next UDP packet, with `front` bytes of packet information before it.

@@ -19,6 +19,10 @@ pub const NOBODY: u32 = 65_534;
 pub enum Node {
     Mode(u32),
     Missing,
+    /// An empty file in its place.
+    File,
+    /// `/dev/null` in its place.
+    Null,
 }
 
 /// Runs `work` on a thread of user and group `id` without capabilities, in the caller's network namespace. The thread sees a
@@ -65,14 +69,14 @@ fn private_node(node: Node) -> io::Result<()> {
             std::ptr::null(),
         ))?;
         check(libc::chmod(c("/dev/net").as_ptr(), 0o755))?;
-        if let Node::Mode(mode) = node {
-            check(libc::mknod(
-                c("/dev/net/tun").as_ptr(),
-                libc::S_IFCHR | mode,
-                libc::makedev(10, 200),
-            ))?;
-            check(libc::chmod(c("/dev/net/tun").as_ptr(), mode))?;
-        }
+        let (kind, mode, number) = match node {
+            Node::Mode(mode) => (libc::S_IFCHR, mode, libc::makedev(10, 200)),
+            Node::File => (libc::S_IFREG, 0o666, 0),
+            Node::Null => (libc::S_IFCHR, 0o666, libc::makedev(1, 3)),
+            Node::Missing => return Ok(()),
+        };
+        check(libc::mknod(c("/dev/net/tun").as_ptr(), kind | mode, number))?;
+        check(libc::chmod(c("/dev/net/tun").as_ptr(), mode))?;
     }
     Ok(())
 }
