@@ -62,6 +62,14 @@ fn main() {
             "a header that contradicts its packet is counted, and the port goes on",
             lying_headers,
         );
+        add(
+            "a kind that is refused at the start is cut from then on",
+            refused_at_the_start,
+        );
+        add(
+            "an IPv4 header that is wrong stays wrong in a superpacket",
+            wrong_header,
+        );
         add("an engine tells that superpackets are refused", told_by_an_engine);
         add("switched off, nothing is passed or merged", switched_off);
         add("a packet that no longer fits is refused", mangled);
@@ -71,6 +79,13 @@ fn main() {
         add("a packet received by copy has its checksum", received_by_copy);
         add("a hand-off carries superpackets", through_a_handoff);
     }
+    trials.push(trial(
+        "superpackets that a write refuses go in pieces, without loss",
+        || {
+            need_backend(Backend::Syscalls);
+            refused_by_a_write();
+        },
+    ));
     trials.push(trial("a persistent device forgets its offloads", persistent));
     common::run(trials)
 }
@@ -936,6 +951,16 @@ fn udp_combinations(backend: Backend) {
 fn split_by_hand(backend: Backend) {
     let wire = Wire::new(Setting {
         between: Some(|batch, whole| {
+            // Passed on, they would keep the checksum of the IPv4 header that they come with.
+            for packet in batch
+                .iter()
+                .filter(|packet| packet.is_superpacket() && packet[0] >> 4 == 4)
+            {
+                assert!(
+                    tun_driver::offload::checksum::sum(&packet[..20]).is_whole(),
+                    "the kernel left the header's checksum out"
+                );
+            }
             batch.split_into(whole);
             assert!(
                 whole
@@ -1165,7 +1190,128 @@ fn cut_in_place(backend: Backend) {
     }
 }
 
-/// The kernel takes no UDP superpackets of more than 128 segments, which are superpackets like others to us.
+/// From now on this thread's write(2) of so many bytes fails.
+fn refuse_writes(len: usize, errno: i32) {
+    let step = |code: u32, jt, jf, k| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let load = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
+    let mut filter = [
+        step(load, 0, 0, 0), // the system call's number
+        step(equal, 0, 3, libc::SYS_write as u32),
+        step(load, 0, 0, 32), // the lower half of its third argument
+        step(equal, 0, 1, len as u32),
+        step(
+            libc::BPF_RET | libc::BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | errno as u32,
+        ),
+        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ];
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
+    // SAFETY: prctl reads the program, which lives through the call. Both settings are of this thread and end with it.
+    unsafe {
+        assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+        let set = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program);
+        if set != 0 {
+            skip(format!("no seccomp filter: {}", std::io::Error::last_os_error()));
+        }
+    }
+}
+
+/// T22. The probe at attach finds a kernel that grants TCP over IPv4 and does not take it.
+fn refused_at_the_start(backend: Backend) {
+    // The driver's header, 40 bytes of headers and 64 of payload: only this kind's probe is so long.
+    refuse_writes(10 + 40 + 64, libc::EINVAL);
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    let passes = worker.port_info(port).unwrap().passes;
+    assert!(
+        !passes.contains(Offloads::TSO4) && passes.contains(Offloads::TSO6),
+        "{passes}"
+    );
+    let mut batch = Batch::with_capacity(1);
+    batch
+        .push(superpacket(&worker, &tcp_superpacket(&pattern(5_000, 1), 1_000)))
+        .unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 0, None));
+    let counters = worker.counters(port).unwrap();
+    assert_eq!(
+        (
+            counters.cut_superpackets,
+            counters.cut_segments,
+            counters.offloads_refused
+        ),
+        (1, 5, 0)
+    );
+}
+
+/// T22. With either errno that kernels have given, at any time.
+fn refused_by_a_write() {
+    let (mut worker, port, _device) = with_device(Backend::Syscalls, Offloads::all());
+    if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
+        skip("this kernel takes no UDP superpackets");
+    }
+    let receiver = receiver();
+    let to = receiver.local_addr().unwrap().port();
+    refuse_writes(10 + 28 + 5_000, libc::EINVAL);
+    refuse_writes(10 + 28 + 6_000, libc::EIO);
+    let mut batch = Batch::with_capacity(8);
+    let rounds = common::repeats(5, 100);
+    for round in 0..rounds {
+        // One that is taken ends the row of those that are not.
+        let lens = [5_000, 6_000, 7_000];
+        for len in lens {
+            let bytes = udp_superpacket(&pattern(len, round as u64), 500, to);
+            batch.push(superpacket(&worker, &bytes)).unwrap();
+        }
+        let sent = worker.send_many(port, &mut batch);
+        assert_eq!((sent.accepted, sent.refused, sent.stopped), (3, 0, None));
+        for len in lens {
+            for piece in pattern(len, round as u64).chunks(500) {
+                assert!(received(&receiver) == piece, "round {round}, {len} bytes");
+            }
+        }
+    }
+    let counters = worker.counters(port).unwrap();
+    assert_eq!(
+        (counters.offloads_refused, counters.cut_segments),
+        (2 * rounds as u64, 22 * rounds as u64)
+    );
+    assert!(worker.port_info(port).unwrap().passes.contains(Offloads::USO));
+}
+
+/// Passed on, the stack drops it, as it drops a packet with such a header. (Cut, each segment gets a header of its own.)
+fn wrong_header(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
+        skip("this kernel takes no UDP superpackets");
+    }
+    let receiver = receiver();
+    let to = receiver.local_addr().unwrap().port();
+    let mut batch = Batch::with_capacity(3);
+    let mut wrong = udp_superpacket(&[1; 2_000], 500, to);
+    wrong.1[10..12].fill(0);
+    batch.push(superpacket(&worker, &wrong)).unwrap();
+    let mut plain = datagram(RIGHT, LEFT, to, &[2; 500]);
+    plain[10..12].fill(0);
+    batch.push(worker.packet_from(&plain).unwrap()).unwrap();
+    batch
+        .push(superpacket(&worker, &udp_superpacket(&[3; 1_000], 500, to)))
+        .unwrap();
+    assert_eq!(worker.send_many(port, &mut batch).accepted, 3);
+    (0..2).for_each(|_| assert_eq!(received(&receiver), [3; 500]));
+}
+
+/// T22. The kernel takes no UDP superpackets of more than 128 segments, which are superpackets like others to us.
 fn refused_by_the_kernel(backend: Backend) {
     let (mut worker, port, _device) = with_device(backend, Offloads::all());
     if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {

@@ -467,6 +467,9 @@ mod tests {
                 let start = plan.keep_from(from, &mut rest).unwrap();
                 let rest = &mut rest[start..];
                 let headers = Headers::parse(rest, Link::None).unwrap();
+                if !v6 {
+                    assert!(sum(&rest[..headers.transport]).is_whole(), "it may be passed on");
+                }
                 let gso = gso_of(VnetHdr::of(&Gso { headers, ..gso }), rest);
                 let mut segments = Segments::new(&gso, rest).unwrap();
                 for expected in &all[from..] {

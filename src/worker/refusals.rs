@@ -198,6 +198,7 @@ fn by_flow(packets: &[Vec<u8>]) -> HashMap<(u8, Vec<u8>), Vec<&[u8]>> {
 }
 
 #[test]
+// T22
 fn nothing_is_lost_doubled_or_overtaken() {
     if let Err(error) = Sandbox::enter() {
         assert!(
