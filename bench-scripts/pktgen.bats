@@ -23,6 +23,15 @@ links() {
     ip -o link show | sed 's/^[0-9]*: //; s/[@:].*//' | sort
 }
 
+all_ended() { # SESSION: within ten seconds nothing of it runs any more
+    for _ in {1..100}; do
+        pgrep -s "$1" >/dev/null || return 0
+        sleep 0.1
+    done
+    ps -s "$1" -o pid,args
+    return 1
+}
+
 refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     local code=$1 word=$2
     shift 2
@@ -74,6 +83,28 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     refused 2 "-d 198.18.0.1" -d 198.18.0.1
     refused 2 "-d 224.0.0.1" -d 224.0.0.1
     refused 2 "-m zz" -m zz
+    refused 2 "--rate wants a value" --rate ""
+    refused 2 "--rate 0" --rate 0
+    refused 2 "--rate -1" --rate -1
+    refused 2 "--rate 1e6" --rate 1e6
+    refused 2 "--rate 2.5" --rate 2.5
+    refused 2 "--rate 9999999999G" --rate 9999999999G
+    refused 2 "--mode *" --mode "*"
+    refused 2 "recv is given twice" --mode recv,recv-many,recv
+    refused 2 "--mode recv echo" --mode "recv echo"
+    refused 2 "64 is given twice" --sizes 64,64
+    refused 2 "imix, or bytes" --sizes 0064
+    refused 2 "--sizes -64" --sizes -64
+    refused 2 "none stands alone" --search none,ndr
+    refused 2 "--json takes no value" --json=1
+    refused 2 "--duration 99999999" --duration 99999999
+    refused 2 "--duration 0.0001" --duration 0.0001
+    refused 2 "-i .." -i ..
+    refused 2 "-i lo" -i lo
+    DELAY=soon refused 2 "-w soon (DELAY)"
+    touch "$out/file"
+    refused 2 "$out/file is a file; name a folder" --out "$out/file"
+    refused 2 "$out/file is a file; name a folder" --out "$out/file/in/it"
     refused 2 "-m 01:00:5e:00:00:01" -m 01:00:5e:00:00:01
 }
 
@@ -115,6 +146,20 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     run "$script" --dry-run --topology bridge --queues 2
     [ "$status" -eq 0 ]
     [[ $output == *"ip tuntap add dev tun0 mode tap multi_queue"* && $output == *"link add br0 type bridge"* ]]
+}
+
+@test "rates take k, M and G" {
+    for pair in 08:8 100k:100000 1.5M:1500000 0.5K:500 1G:1000000000; do
+        run "$script" --dry-run --rate "${pair%:*}"
+        [ "$status" -eq 0 ]
+        [[ $output == *"--rate ${pair#*:} "* ]] || { echo "$pair: $output"; return 1; }
+    done
+}
+
+@test "a switch variable of 0 is off" {
+    run env IP6=0 VERBOSE=0 DEBUG=0 APPEND=0 "$script" --dry-run
+    [ "$status" -eq 0 ]
+    [[ $output != *fd00* && $output != *--verbose* && $output != *--append* ]]
 }
 
 @test "letters may stand together" {
@@ -172,7 +217,7 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
         # shellcheck disable=SC2086 # several words
         run "$script" --gen builtin --mode recv-many,echo,forward --rate 2000 --sizes 128 --duration 0.2 --repeat 1 --no-latency --json --out "$out" $options
         [ "$status" -eq 0 ] || { echo "$options: $output"; return 1; }
-        jq -e '.unexplained_packets == 0 and ([.rates[].trial.received_packets] == [400, 400, 400])' "$out/throughput.json"
+        jq -e '.incomplete == null and .unexplained_packets == 0 and ([.rates[].trial.received_packets] == [400, 400, 400])' "$out/throughput.json"
     done
 }
 
@@ -186,7 +231,7 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
         kill -TERM "$run_id"
         code=0
         wait "$run_id" || code=$?
-        [ "$code" -eq 1 ] && [ $((SECONDS - begin)) -lt 20 ] || { cat "$out/log"; return 1; }
+        [ "$code" -eq 130 ] && [ $((SECONDS - begin)) -lt 20 ] || { cat "$out/log"; return 1; }
     done
 }
 
@@ -209,7 +254,7 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     wait "$run_id" || code=$?
     kill "$writer"
     [ "$code" -eq 0 ] && [ $((SECONDS - begin)) -lt 20 ]
-    ! pgrep -s "$run_id"
+    all_ended "$run_id"
 }
 
 @test "a run with offloads balances its books" {
@@ -230,8 +275,60 @@ refused() { # CODE WORD OPTIONS…: it ends so, says so, and does nothing
     kill -INT -- "-$run_id"
     code=0
     wait "$run_id" || code=$?
-    [ "$code" -eq 1 ] || { cat "$out/log"; return 1; }
-    [ -s "$out/throughput.json" ]
+    [ "$code" -eq 130 ] || { cat "$out/log"; return 1; }
+    jq -e '.incomplete == "interrupted"' "$out/throughput.json"
+    grep -q "INCOMPLETE: interrupted" "$out/throughput.md"
+    grep -q "INCOMPLETE: interrupted" "$out/throughput.html"
     [ "$(links)" = "$before" ]
-    ! pgrep -s "$run_id"
+    all_ended "$run_id"
+}
+
+@test "kill -9 of the script ends the tool, and with it the namespaces and devices" {
+    need_root
+    before=$(links)
+    # Early, while the tool starts, and in the middle of a trial.
+    for moment in starts measures; do
+        setsid "$script" --gen builtin --mode echo --rate 1000 --duration 60 --out "$out" >"$out/log" 2>&1 &
+        run_id=$!
+        tool=''
+        for _ in {1..300}; do
+            tool=$(pgrep -s "$run_id" -x tun-driver || true)
+            [ -z "$tool" ] || break
+            sleep 0.1
+        done
+        [ -n "$tool" ]
+        [ $moment = starts ] || sleep 2
+        kill -KILL "$run_id"
+        wait "$run_id" || true
+        all_ended "$run_id"
+        [ "$(links)" = "$before" ]
+        [ ! -e /run/netns/gen ]
+    done
+}
+
+@test "the tool does not start for a parent that has ended" {
+    need_root
+    run "$BATS_TEST_DIRNAME/../target/release/tun-driver" throughput --parent 1 --out "$out"
+    [ "$status" -eq 1 ]
+    [[ $output == *"process 1 did not start this one, or has ended"* ]]
+}
+
+@test "ctrl-C at any moment leaves no namespace, device or process" {
+    need_root
+    before=$(links)
+    # While links are made, the tool starts, the maximum is measured, a rate is searched for, latencies are taken.
+    for moment in 0.02 0.1 0.2 0.4 0.8 1.5 3 6; do
+        # A shell that is started in the background is deaf to SIGINT otherwise.
+        env --default-signal=INT setsid "$script" --gen builtin --mode forward,recv-many --sizes 64 --duration 1 --repeat 9 \
+            --out "$out" >"$out/log" 2>&1 &
+        run_id=$!
+        sleep $moment
+        begin=$SECONDS
+        kill -INT -- "-$run_id" || true
+        wait "$run_id" || true
+        [ $((SECONDS - begin)) -lt 20 ] || { echo "after $moment s"; cat "$out/log"; return 1; }
+        all_ended "$run_id" || { echo "after $moment s"; return 1; }
+        [ "$(links)" = "$before" ]
+        [ ! -e /run/netns/gen ]
+    done
 }

@@ -6,6 +6,8 @@
 # Makes the links, then runs `tun-driver throughput` between them. Letters are those of the kernel's pktgen sample scripts
 # (samples/pktgen/README.rst), each also an environment variable.
 set -euo pipefail
+# A word such as * is taken as it was given.
+set -f
 
 self=$(readlink -f "$0")
 root=$(dirname "$(dirname "$self")")
@@ -48,7 +50,7 @@ ours:
   --queues N                     queues, each with a worker (1)
   --flows N                      flows, by source port (64)
   --sizes BYTES,…|imix           frames with check sequence (64,1518)
-  --rate N                       packets per second instead of a search
+  --rate N                       packets per second instead of a search: 200000, 200k, 1.5M
   --search ndr,pdr|none          goals: no loss, 0.5 % loss; none measures the maximum only (ndr,pdr)
   --duration SECONDS             length of the trials that decide (1)
   --repeat N                     searches (3)
@@ -59,7 +61,8 @@ ours:
   --keep                         keep the namespaces until Ctrl-C or the end of standard input
   --install                      install missing tools by apt-get
 
-exit codes: 0 done, 1 failed (also: books that do not balance), 2 usage, 77 the host lacks something
+exit codes: 0 done, 1 failed (also: books that do not balance), 2 usage, 77 the host lacks something,
+130 interrupted: what was measured is written, and marked as incomplete
 USAGE
 }
 
@@ -79,12 +82,30 @@ gen=auto topology=route mode=recv-many,send-many,echo backend='' queues=1 flows=
 duration=1 repeat=3 latency=true out='' json='' dry_run='' keep='' install=''
 words=("$@")
 
-# Letters may stand together, and their values at once behind them.
+# A variable of 0 is off, as an empty one.
+for switch in ip6 verbose debug append; do
+    [ "${!switch}" != 0 ] || printf -v $switch ''
+done
+
+takes_value() {
+    case $1 in
+    -[isdmptfcnbw] | --gen | --topology | --mode | --backend | --offloads | --queues | --flows | --sizes | --rate | --search | --duration | --repeat | --out) ;;
+    *) return 1 ;;
+    esac
+}
+
+# Letters may stand together, and their values at once behind them. What follows an option that takes a value is its value.
 arguments=()
 while [ $# -gt 0 ]; do
     case $1 in
-    --*=*) arguments+=("${1%%=*}" "${1#*=}") ;;
-    --* | -) arguments+=("$1") ;;
+    --*=*)
+        takes_value "${1%%=*}" || die 2 "${1%%=*} takes no value, or is no option; see -h"
+        arguments+=("${1%%=*}" "${1#*=}")
+        ;;
+    --* | - | -[isdmptfcnbw])
+        arguments+=("$1")
+        if takes_value "$1" && [ $# -gt 1 ]; then arguments+=("$2") && shift; fi
+        ;;
     -[6vxah]?*) arguments+=("${1:0:2}") && set -- "$1" "-${1:2}" "${@:2}" ;;
     -[isdmptfcnbw]?*) arguments+=("${1:0:2}" "${1:2}") ;;
     *) arguments+=("$1") ;;
@@ -94,7 +115,7 @@ done
 set -- "${arguments[@]+"${arguments[@]}"}"
 
 value() {
-    if [ $# -lt 2 ] || [[ $2 == --* ]]; then die 2 "$1 wants a value; -h tells"; fi
+    if [ $# -lt 2 ] || [[ -z $2 || $2 == --* ]]; then die 2 "$1 wants a value; see -h"; fi
     printf '%s' "$2"
 }
 while [ $# -gt 0 ]; do
@@ -140,7 +161,7 @@ while [ $# -gt 0 ]; do
         --out) out=$argument ;;
         esac
         ;;
-    *) die 2 "$option: no such option; -h tells" ;;
+    *) die 2 "$option: no such option; see -h" ;;
     esac
     shift
 done
@@ -153,35 +174,71 @@ one_of() {
     for word in "$@"; do [ "$given" = "$word" ] && return 0; done
     die 2 "$name $given: one of $* is possible"
 }
+# number OPTION GIVEN LEAST MOST [VARIABLE]
 number() {
     if [[ $2 =~ ^[0-9]{1,10}$ ]] && [ "$2" -ge "$3" ] && [ "$2" -le "$4" ]; then return 0; fi
-    die 2 "$1 $2: a number from $3 to $4 is possible"
+    die 2 "$1 $2${5:+ ($5)}: a number from $3 to $4 is possible"
 }
 one_of --gen "$gen" auto pktgen builtin
 one_of --topology "$topology" bridge route
 [ -z "$backend" ] || one_of --backend "$backend" io_uring syscalls
 one_of --offloads "$offloads" on off
+# Words with commas between them, none of them twice.
+list() {
+    local given=$2 word rest
+    [[ $given =~ ^[^,[:space:]]+(,[^,[:space:]]+)*$ ]] || die 2 "$1 $given: a list of words with commas between them is wanted"
+    for word in ${given//,/ }; do
+        rest=,$given,
+        rest=${rest/",$word,"/,}
+        [[ $rest != *,"$word",* ]] || die 2 "$1 $given: $word is given twice"
+    done
+}
+list --mode "$mode"
+list --search "$search"
+[ -z "$sizes" ] || list --sizes "$sizes"
 for word in ${mode//,/ }; do one_of --mode "$word" recv recv-many send send-many echo forward; done
 for word in ${search//,/ }; do one_of --search "$word" ndr pdr none; done
-for word in "--mode $mode" "--search $search" ${sizes:+"--sizes $sizes"}; do
-    [[ ${word#* } =~ ^[^,]+(,[^,]+)*$ ]] || die 2 "$word: a list of words with commas between them is wanted"
-done
+[[ $search = none || ,$search, != *,none,* ]] || die 2 "--search $search: none stands alone"
+# packets_per_second NAME GIVEN: 200000, 200k, 1.5M or 1G, in digits.
+packets_per_second() {
+    local factor
+    if [[ ! $2 =~ ^([0-9]{1,10})(\.([0-9]{1,9}))?([kKMG]?)$ ]]; then
+        die 2 "$1 $2: packets per second, such as 200000, 200k or 1.5M"
+    fi
+    case ${BASH_REMATCH[4]} in
+    k | K) factor=3 ;;
+    M) factor=6 ;;
+    G) factor=9 ;;
+    *) factor=0 ;;
+    esac
+    local whole=${BASH_REMATCH[1]} part=${BASH_REMATCH[3]}000000000
+    if [[ ! ${part:factor} =~ ^0*$ ]]; then die 2 "$1 $2: a whole number of packets per second is possible"; fi
+    # Leading zeros would make an octal number.
+    printf '%s' $((10#$whole$(printf '%s' "${part:0:factor}")))
+}
+if [ -n "$rate" ]; then
+    given=$rate
+    rate=$(packets_per_second --rate "$given")
+    [[ ${#rate} -le 10 && $rate -ge 1 && $rate -le 1000000000 ]] || die 2 "--rate $given: a number from 1 to 1G is possible"
+fi
 number --queues "$queues" 1 256
 number --flows "$flows" 1 40000
 number --repeat "$repeat" 1 1000
-number -t "$threads" 1 1024
-number -f "$first_thread" 0 4095
-number -n "$count" 0 4000000000
-number -w "$delay" 0 1000000000
-number -p "$dst_port" 1 65535
-[ -z "$rate" ] || number --rate "$rate" 1 1000000000
-[[ $duration =~ ^[0-9]{0,7}\.?[0-9]+$ && $duration =~ [1-9] ]] || die 2 "--duration $duration: seconds, such as 1 or 0.5"
-[[ $dev =~ ^[A-Za-z0-9_.-]{1,15}$ ]] || die 2 "-i $dev: the name of a link has at most 15 letters"
-[ "$clone" = 0 ] || die 2 "-c $clone: a veth hands each buffer on to its other end, so that it cannot be sent again; only 0 is possible"
-[ "$burst" = 1 ] || die 2 "-b $burst: a veth takes no bursts from pktgen; only 1 is possible"
+number -t "$threads" 1 1024 THREADS
+number -f "$first_thread" 0 4095 F_THREAD
+number -n "$count" 0 4000000000 COUNT
+number -w "$delay" 0 1000000000 DELAY
+number -p "$dst_port" 1 65535 DST_PORT
+[[ $duration =~ ^[0-9]{0,7}\.?[0-9]{1,9}$ && $duration =~ [1-9] && $duration =~ ^[0-9]{0,7}(\.|$) && ! $duration =~ ^0*\.000 ]] ||
+    die 2 "--duration $duration: seconds from 0.001 to 9999999, such as 1 or 0.5"
+[[ $dev =~ ^[A-Za-z0-9_.-]{1,15}$ ]] ||
+    die 2 "-i $dev: the name of a link has at most 15 letters, digits, points, hyphens and underscores"
+[[ ! $dev =~ ^(\.|\.\.|lo|all|default)$ ]] || die 2 "-i $dev: the kernel uses this name itself; give another"
+[ "$clone" = 0 ] || die 2 "-c $clone (SKB_CLONE): a veth hands each buffer on to its other end, so that it cannot be sent again; only 0 is possible"
+[ "$burst" = 1 ] || die 2 "-b $burst (BURST): a veth takes no bursts from pktgen; only 1 is possible"
 if [ -n "$pkt_size" ]; then
     [ -z "$sizes" ] || die 2 "-s and --sizes say the same thing; give one"
-    number -s "$pkt_size" 60 1514
+    number -s "$pkt_size" 60 1514 PKT_SIZE
     sizes=$((10#$pkt_size + 4))
 fi
 if [ $((10#$delay)) -ne 0 ]; then
@@ -189,8 +246,10 @@ if [ $((10#$delay)) -ne 0 ]; then
     rate=$((1000000000 / 10#$delay))
 fi
 [ -n "$sizes" ] || sizes=$([ -n "$ip6" ] && echo 82,1518 || echo 64,1518)
+least=$([ -n "$ip6" ] && echo 82 || echo 64)
 for word in ${sizes//,/ }; do
-    [ "$word" = imix ] || number --sizes "$word" "$([ -n "$ip6" ] && echo 82 || echo 64)" 1518
+    [[ $word = imix || ($word =~ ^[1-9][0-9]{1,3}$ && $word -ge $least && $word -le 1518) ]] ||
+        die 2 "--sizes $word: imix, or bytes from $least to 1518"
 done
 if [ -n "$ip6" ] && [[ ,$sizes, == *,imix,* ]]; then die 2 "the imix has frames of 64 bytes, in which no IPv6 packet of ours finds room"; fi
 if [ "$gen" = pktgen ] && [[ ,$sizes, == *,imix,* ]]; then die 2 "pktgen sends frames of one length, not the imix"; fi
@@ -344,6 +403,11 @@ commit=$(git -C "$root" describe --always --dirty --abbrev=12 --exclude='*' 2>/d
 [ -z "$verbose" ] || engine+=(--verbose)
 [ -z "$json" ] || engine+=(--json)
 out=${out:-$began_in/results/pktgen}
+# Before anything is built or made.
+place=$(readlink -m "$out")
+while [ ! -e "$place" ]; do place=$(dirname "$place"); done
+[ -d "$place" ] || die 2 "--out $out: $place is a file; name a folder"
+[ -w "$place" ] || die 2 "--out $out: $place cannot be written to; name another folder"
 engine+=(--out "$(readlink -m "$out")")
 
 if [ -n "$dry_run" ]; then
@@ -370,8 +434,8 @@ if [ -n "${TUN_DRIVER_OUTSIDE:-}" ]; then
     # Addresses and IPv6 of links that are there already (of tunnels that the kernel makes by itself) do not disturb.
     topology
     code=0 interrupted=''
-    # In the background, so that signals are dealt with at once.
-    "${engine[@]}" &
+    # In the background, so that signals are dealt with at once. It dies with this shell, and with both the namespaces.
+    "${engine[@]}" --parent $$ &
     running=$!
     trap 'interrupted=1; kill -TERM $running 2>/dev/null || true' INT TERM HUP
     while kill -0 $running 2>/dev/null; do wait $running && code=0 || code=$?; done

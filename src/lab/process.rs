@@ -21,6 +21,23 @@ pub struct Memory {
     pub locked: u64,
 }
 
+/// Ends this process by SIGKILL when its parent ends, however that comes about: a parent that is killed cannot clean up.
+///
+/// `parent` is the process ID that the parent passed on: an ending before this call would go unnoticed otherwise.
+///
+/// # Errors
+/// The parent is another process: the one that is meant has ended.
+pub fn die_with_parent(parent: u32) -> io::Result<()> {
+    lab::kill_with_parent()?;
+    // After the call: from here on the kernel reports the end, before it the parent's ID has changed.
+    if std::os::unix::process::parent_id() == parent {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "process {parent} did not start this one, or has ended"
+    )))
+}
+
 /// CPU time of the whole machine since it was started, all CPUs together, from the first line of `/proc/stat`.
 ///
 /// What a process causes is not all charged to it: softirqs run in whatever thread they interrupt. So what a load costs in all is what the

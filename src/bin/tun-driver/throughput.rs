@@ -10,6 +10,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use tun_driver::lab::Namespace;
 use tun_driver::lab::measure::{Machine, Spread};
 use tun_driver::lab::packet::Ethernet;
+use tun_driver::lab::process::die_with_parent;
 use tun_driver::lab::throughput::search::{Bounds, Outcome, Search, Settings};
 use tun_driver::lab::throughput::{Layout, Load, Measured, Mode, Rig, Setup, Size, Source, pktgen};
 use tun_driver::netlink::Handle;
@@ -120,6 +121,9 @@ pub(crate) struct Options {
     /// The commit of the sources, for the report.
     #[arg(long, value_name = "TEXT", hide = true)]
     commit: Option<String>,
+    /// End when this process, which started this one, ends.
+    #[arg(long, value_name = "PID", hide = true)]
+    parent: Option<u32>,
     /// Print the JSON on standard output instead of the table.
     #[arg(long)]
     json: bool,
@@ -256,6 +260,9 @@ const SHARES: [u32; 3] = [10, 50, 90];
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let began = SystemTime::now();
     let start = Instant::now();
+    if let Some(parent) = options.parent {
+        die_with_parent(parent).map_err(|error| Failure::Failed(format!("--parent {parent}: {error}")))?;
+    }
     let layout = layout(options)?;
     if options.dry_run {
         return dry_run(options, &layout);
@@ -324,9 +331,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     }
     outcome?;
     if results.incomplete.is_some() {
-        return Err(Failure::Failed(
-            "interrupted: the report has what was measured until then".to_owned(),
-        ));
+        return Err(Failure::Interrupted("interrupted".to_owned()));
     }
     let (unexplained, wrong) = (results.unexplained, results.wrong);
     if unexplained != 0 || wrong != 0 {
@@ -338,6 +343,16 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
 }
 
 fn layout(options: &Options) -> Result<Layout, Failure> {
+    // The second would be measured into the files of the first.
+    let twice = |option: &str, word: Option<String>| match word {
+        Some(word) => Err(Failure::Usage(format!("{option}: {word} is given twice"))),
+        None => Ok(()),
+    };
+    twice("--mode", repeated(&options.mode).map(Mode::to_string))?;
+    twice("--sizes", repeated(&options.sizes).map(Size::to_string))?;
+    if options.search.len() > 1 && options.search.contains(&Goal::None) || repeated(&options.search).is_some() {
+        return Err(Failure::Usage("--search: each goal once, and none alone".to_owned()));
+    }
     if options.source.is_ipv4() != options.target.is_ipv4() {
         return Err(Failure::Usage("source and target are of two families".to_owned()));
     }
@@ -368,6 +383,14 @@ fn layout(options: &Options) -> Result<Layout, Failure> {
             target: options.target_mac,
         },
     })
+}
+
+/// The first that was there before.
+fn repeated<T: PartialEq>(list: &[T]) -> Option<&T> {
+    let mut numbered = list.iter().enumerate();
+    numbered
+        .find(|(index, one)| list[..*index].contains(one))
+        .map(|(_, one)| one)
 }
 
 /// Who makes the packets, and that the links are such as this may send out of.
