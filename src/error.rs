@@ -167,8 +167,8 @@ pub enum PortErrorKind {
     Truncated,
     /// The kernel refused a packet for its content (EINVAL, EMSGSIZE). The packet is dropped and counted, the port goes on.
     BadPacket,
-    /// Another holder of the device changed the size of its virtio-net header or switched on offloads. Both were set back; what came in
-    /// between in the wrong shape was dropped and counted.
+    /// Another holder of the device changed the size of its virtio-net header or switched on offloads, or made the descriptor blocking. This was
+    /// set back; what came in between in the wrong shape was dropped and counted.
     Changed,
     /// No free buffer is left for this port; packets wait in the kernel until some are given back.
     NoBuffers,
@@ -276,7 +276,7 @@ impl fmt::Display for PortError {
             }
             PortErrorKind::BadPacket => "the kernel refused the packet's content; it was dropped",
             PortErrorKind::Changed => {
-                "another holder of the device changed its virtio-net header or its offloads; both were set back, keep other programs from it"
+                "another holder of the device changed its virtio-net header or offloads, or made the descriptor blocking; this was set back, keep other programs from it"
             }
             PortErrorKind::NoBuffers => "no free buffer; give packets back or raise WorkerConfig::buffers",
             PortErrorKind::Other => "unexpected error",

@@ -362,6 +362,16 @@ pub(crate) struct Changed {
     pub(crate) header: Option<u32>,
     /// The offloads that were found, if there were more than granted.
     pub(crate) offloads: Option<Offloads>,
+    /// The descriptor was made blocking.
+    pub(crate) blocking: bool,
+}
+
+impl Changed {
+    const NOTHING: Self = Self {
+        header: None,
+        offloads: None,
+        blocking: false,
+    };
 }
 
 impl QueueInfo {
@@ -464,10 +474,7 @@ impl Queue {
     /// hold for long.
     pub(crate) fn restore(&self) -> Option<Changed> {
         let info = &*self.info;
-        let mut changed = Changed {
-            header: None,
-            offloads: None,
-        };
+        let mut changed = self.restore_nonblocking().unwrap_or(Changed::NOTHING);
         if info.vnet_hdr
             && let Ok(size) = tun::vnet_hdr_size(self.as_fd())
             && size != tun::VNET_HDR_SIZE_DEFAULT
@@ -484,7 +491,21 @@ impl Queue {
         {
             changed.offloads = Some(active);
         }
-        (changed.header.is_some() || changed.offloads.is_some()).then_some(changed)
+        (changed != Changed::NOTHING).then_some(changed)
+    }
+
+    /// Makes the descriptor non-blocking again if another holder of the same open file made it blocking. One call (F_GETFL) if not.
+    #[inline]
+    pub(crate) fn restore_nonblocking(&self) -> Option<Changed> {
+        let flags = tun::status_flags(self.as_fd()).ok()?;
+        if flags & libc::O_NONBLOCK != 0 {
+            return None;
+        }
+        tun::change_status_flags(self.as_fd(), libc::O_NONBLOCK, 0).ok()?;
+        Some(Changed {
+            blocking: true,
+            ..Changed::NOTHING
+        })
     }
 
     /// How often one of the device's queues found its header changed and set it back.

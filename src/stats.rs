@@ -63,7 +63,8 @@ pub struct Counters {
     pub offloads_refused: u64,
     /// Errors that the network reported to a socket about earlier datagrams (ICMP), by errno. No packet counts as refused for them.
     pub reported: ErrnoCounts,
-    /// Times that another holder of the device had changed the size of its header or its offloads, and this port set them back.
+    /// Times that another holder of the device had changed the size of its header or its offloads, or had made the descriptor blocking, and this
+    /// port set that back.
     pub set_back: u64,
 }
 

@@ -4,7 +4,7 @@ mod common;
 mod device;
 mod offer;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -58,6 +58,13 @@ fn main() {
         offloads_beyond_granted,
     );
     on_both(all, "a queue's own change of offloads is no other holder's", own_change);
+    on_both(all, "a descriptor made blocking does not hold up a stop", blocking_stop);
+    on_both(
+        all,
+        "a descriptor made blocking is made non-blocking again, and reported",
+        blocking_reported,
+    );
+    on_both(all, "a socket made blocking does not hold up a worker", blocking_socket);
     trials.push(trial(
         "adopting a device without a header switches its offloads off",
         adopted,
@@ -457,6 +464,7 @@ fn offloads_engine(backend: Backend) {
                 device: "s0".to_owned(),
                 header: None,
                 offloads: Some(Offloads::TSO4),
+                blocking: false,
             }
         );
         assert!(
@@ -509,4 +517,79 @@ fn adopted() {
     let mut worker = worker(Backend::Syscalls);
     let port = worker.attach(queue).unwrap();
     assert!(comes_finished(&mut worker, port, &mut Offer::new()));
+}
+
+/// O_NONBLOCK belongs to the open file: whoever has a copy of the descriptor changes it for all.
+fn make_blocking(fd: impl AsFd) {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: no pointers.
+    unsafe {
+        let flags = libc::fcntl(fd, libc::F_GETFL);
+        assert!(flags >= 0);
+        assert_eq!(libc::fcntl(fd, libc::F_SETFL, flags & !libc::O_NONBLOCK), 0);
+    }
+}
+
+fn blocking_stop(backend: Backend) {
+    for _ in 0..repeats(5, 200) {
+        let shared = plain("s0");
+        let Shared { queues, other, .. } = shared;
+        let opened = MultiQueue::from_fds(queues.into_iter().map(OwnedFd::from).collect()).unwrap();
+        let engine = Engine::builder()
+            .device(opened)
+            .config(config(backend))
+            .start_fn(|_: &mut Worker, _: PortId, _: &mut Batch| {})
+            .unwrap();
+        make_blocking(&other);
+        // The worker reads what comes, and would sleep in the read behind the last packet.
+        let mut offer = Offer::new();
+        let end = soon();
+        offer.send(3);
+        while engine.stats().total().received_packets < 3 {
+            assert!(Instant::now() < end);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let report = engine.stop_within(Duration::from_secs(20));
+        assert!(report.is_clean(), "{report}");
+    }
+}
+
+/// A ring does not mind (FMODE_NOWAIT), so there it stays as it is.
+fn blocking_reported(backend: Backend) {
+    let mut shared = plain("s%d");
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    let mut offer = Offer::new();
+    let mut batch = Batch::with_capacity(8);
+    for round in 1..=repeats(10, 1_000) as u64 {
+        make_blocking(&shared.other);
+        // An empty queue is the worst case: this returns.
+        let result = worker.try_recv_many(port, &mut batch);
+        if backend == Backend::Syscalls {
+            let error = result.unwrap_err();
+            assert_eq!((error.kind(), error.call()), (PortErrorKind::Changed, "fcntl(F_SETFL)"));
+            assert!(device::descriptor_flags(&shared.other).0 & libc::O_NONBLOCK != 0);
+            assert_eq!(worker.counters(port).unwrap().set_back, round);
+        }
+        assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
+        offer.send(1);
+        receive(&mut worker, port, &mut batch, 1).unwrap();
+        batch.clear();
+    }
+}
+
+fn blocking_socket(backend: Backend) {
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let (other, address) = (copy(&socket), socket.local_addr().unwrap());
+    let mut worker = worker(backend);
+    let port = worker.attach(socket).unwrap();
+    let mut batch = Batch::with_capacity(8);
+    make_blocking(&other);
+    assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
+    UdpSocket::bind("127.0.0.1:0")
+        .unwrap()
+        .send_to(b"one", address)
+        .unwrap();
+    receive(&mut worker, port, &mut batch, 1).unwrap();
+    assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
 }

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_program, skip, trial};
+use common::{need_program, repeats, skip, trial};
 use offer::{
     HERE, Offer, PORT, THERE, await_sleep, batch_of, both, build, config, numbers, on_both, outward, quiet, receive,
     single, stamp, switches, this_thread, tun, with_tun, worker,
@@ -91,6 +91,11 @@ fn main() {
         all,
         "finite send buffer: back-pressure keeps order and loses nothing",
         send_buffer_before_attach,
+    );
+    on_both(
+        all,
+        "finite send buffer: a descriptor made blocking does not hold up the sender",
+        send_buffer_and_blocking,
     );
     on_both(
         all,
@@ -1029,13 +1034,28 @@ fn send_all(worker: &mut Worker, port: PortId, batch: &mut Batch) -> (usize, usi
     (accepted, refused)
 }
 
+/// T17: the buffer holds a few packets, what is refused is sent again, in order.
 fn send_buffer_before_attach(backend: Backend) {
+    (0..repeats(1, 20)).for_each(|_| slow_in_order(backend, |_| {}));
+}
+
+/// A copy of the descriptor in other hands shares O_NONBLOCK: a write would wait for room instead of saying that there is none.
+fn send_buffer_and_blocking(backend: Backend) {
+    slow_in_order(backend, |queue| {
+        // SAFETY: no pointers.
+        assert_eq!(unsafe { libc::fcntl(queue, libc::F_SETFL, libc::O_RDWR) }, 0);
+    });
+}
+
+fn slow_in_order(backend: Backend, change: impl Fn(RawFd)) {
     let mut slow = Slow::new();
     let queue = slow.queue.take().unwrap();
-    set_send_buffer(queue.as_raw_fd(), 20_000);
+    let fd = queue.as_raw_fd();
+    set_send_buffer(fd, 20_000);
     assert_eq!(queue.send_buffer().unwrap(), 20_000);
     let mut worker = worker(backend);
     let port = worker.attach(queue).unwrap();
+    change(fd);
     let mut batch = slow.batch(&worker, 0..800);
     assert_eq!(send_all(&mut worker, port, &mut batch), (800, 0));
     let counters = worker.counters(port).unwrap();

@@ -49,8 +49,8 @@ pub enum Event {
         /// The longest packet that its port takes, in bytes.
         longest: usize,
     },
-    /// Another holder of a device changed the size of its virtio-net header, or switched on offloads that were not granted here. Both were set
-    /// back. What came in between in the wrong shape was dropped and counted
+    /// Another holder of a device changed the size of its virtio-net header, switched on offloads that were not granted here, or made a queue's
+    /// descriptor blocking. This was set back. What came in between in the wrong shape was dropped and counted
     /// ([`Counters::bad_headers`](crate::Counters::bad_headers)).
     SetBack {
         /// What the device is called.
@@ -59,6 +59,8 @@ pub enum Event {
         header: Option<u32>,
         /// The offloads that were found, if there were more than granted.
         offloads: Option<Offloads>,
+        /// The descriptor was blocking (`O_NONBLOCK` belongs to the open file, which copies of a descriptor share).
+        blocking: bool,
     },
     /// A device was deleted. Its ports are detached.
     Gone {
@@ -112,14 +114,20 @@ impl fmt::Display for Event {
                 device,
                 header,
                 offloads,
+                blocking,
             } => {
                 write!(f, "another holder of {device} changed")?;
+                let mut and = "";
                 if let Some(header) = header {
                     write!(f, " its header to {header} bytes")?;
+                    and = " and";
                 }
                 if let Some(offloads) = offloads {
-                    let and = if header.is_some() { " and" } else { "" };
                     write!(f, "{and} its offloads to {offloads}")?;
+                    and = " and";
+                }
+                if *blocking {
+                    write!(f, "{and} a descriptor to blocking")?;
                 }
                 f.write_str("; this was set back, keep other programs from it")
             }

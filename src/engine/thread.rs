@@ -105,10 +105,15 @@ impl<H: Handler> Thread<H> {
             if let Some((device, news)) = self.worker.device_news() {
                 self.shared.events.send(match news {
                     DeviceNews::GivenUp(passes) => Event::OffloadsRefused { device, passes },
-                    DeviceNews::Changed(Changed { header, offloads }) => Event::SetBack {
+                    DeviceNews::Changed(Changed {
+                        header,
+                        offloads,
+                        blocking,
+                    }) => Event::SetBack {
                         device,
                         header,
                         offloads,
+                        blocking,
                     },
                 });
             }

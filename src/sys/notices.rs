@@ -143,7 +143,7 @@ pub(crate) fn discard(notices: BorrowedFd<'_>) {
     // A notice is cut to one byte. Bounded, so that a flood of them cannot hold the thread: what is left makes the next poll return at once.
     for _ in 0..1024 {
         // SAFETY: the kernel writes at most one byte, to a place of one byte.
-        let result = unsafe { syscall!(recv(notices.as_raw_fd(), (&raw mut byte).cast(), 1, 0)) };
+        let result = unsafe { syscall!(recv(notices.as_raw_fd(), (&raw mut byte).cast(), 1, libc::MSG_DONTWAIT)) };
         match result {
             Ok(_) => {}
             // Some were lost; there may be more.

@@ -346,7 +346,12 @@ impl Worker {
             self.cx.books.close(id);
             return Err(error);
         }
-        self.ports.at(index).probe();
+        let port = self.ports.at(index);
+        // Back-pressure is to be expected; without a limit there is none.
+        if let Endpoint::Queue(queue) = &port.endpoint {
+            port.linked = queue.send_buffer().is_ok_and(|bytes| bytes < i32::MAX);
+        }
+        port.probe();
         Ok(id)
     }
 

@@ -21,7 +21,7 @@ use super::Context;
 use super::burst::{LONGEST, SUPERPACKETS};
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
 use super::outgoing::{Outbox, Writer};
-use super::port::{Delivery, Endpoint, Port, Ports};
+use super::port::{Delivery, Port, Ports};
 use super::{handoff, udp};
 use crate::buf::{Batch, SizeClass};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
@@ -377,11 +377,6 @@ impl RingBackend {
             // If this fails too, the next port of this index, or the end of the ring, replaces it.
             let _ = self.set_file(index, -1);
             return Err(error);
-        }
-        // Back-pressure is to be expected; without a limit there is none.
-        let port = ports.at(index);
-        if let Endpoint::Queue(queue) = &port.endpoint {
-            port.linked = queue.send_buffer().is_ok_and(|bytes| bytes < i32::MAX);
         }
         Ok(())
     }

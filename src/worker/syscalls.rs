@@ -37,6 +37,10 @@ impl Writer for SyscallBackend {
         outbox: &mut Outbox,
     ) -> Result<(), PortError> {
         let port = ports.at(index);
+        if port.linked {
+            // Where back-pressure is to be expected, a write could wait for room.
+            port.assure_nonblocking();
+        }
         let mut over = false;
         for (write, result) in outbox.writes.iter().zip(&mut outbox.results) {
             if over {
@@ -239,6 +243,7 @@ fn pause_for(cx: &Context, ports: &mut Ports, pause: Duration) {
 /// read(2) until the queue is empty or the batch full.
 fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) {
     let port = ports.at(index);
+    port.assure_nonblocking();
     while !batch.is_full() && !port.is_gone() {
         if cx.arena.available(port.account, port.class, 1) == 0 {
             return port.starved();
