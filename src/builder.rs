@@ -428,12 +428,20 @@ impl Builder {
             })?;
         }
         if let Some(packets) = self.txqueuelen {
-            device.set_txqueuelen(packets).map_err(|error| {
-                setting_error(
-                    "ioctl(SIOCSIFTXQLEN)",
+            const CALL: &str = "ioctl(SIOCSIFTXQLEN)";
+            device.set_txqueuelen(packets).map_err(|error| match error.raw_os_error() {
+                Some(libc::EPERM) => OpenError::new(
+                    OpenErrorKind::Permission,
+                    CALL,
+                    &error,
+                    "the caller lacks CAP_NET_ADMIN in the initial user namespace, or without it the feature `netlink`; \
+                     run as root, or build with that feature",
+                ),
+                _ => setting_error(
+                    CALL,
                     &error,
                     &format!("a queue of {packets} packets is more than the kernel can hold"),
-                )
+                ),
             })?;
         }
         #[cfg(feature = "netlink")]

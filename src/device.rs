@@ -148,8 +148,23 @@ impl Device {
     }
 
     /// Changes the length of every queue, in packets. Packets that find no room in a shorter queue are lost and counted nowhere.
+    ///
+    /// In a user namespace this takes the feature `netlink`: the ioctl wants CAP_NET_ADMIN in the initial one.
     pub fn set_txqueuelen(&self, packets: u32) -> io::Result<()> {
-        self.call(|control, name| control.set_tx_queue_len(name, packets))
+        match self.call(|control, name| control.set_tx_queue_len(name, packets)) {
+            // This ioctl alone wants CAP_NET_ADMIN in the initial user namespace (`dev_ioctl` in net/core/dev_ioctl.c); rtnetlink wants it
+            // in the one that owns the network namespace.
+            #[cfg(feature = "netlink")]
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                self.name()?;
+                let by_netlink = || crate::netlink::Handle::new()?.set_txqueuelen(self.inner.index, packets);
+                match self.in_its_namespace(by_netlink).and_then(std::convert::identity) {
+                    Ok(()) => self.name().map(drop),
+                    Err(_) => Err(error),
+                }
+            }
+            outcome => outcome,
+        }
     }
 
     /// The Ethernet address; `None` for TUN, which has none.

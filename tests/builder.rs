@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
-use common::{need_tun, trial};
+use common::{need_ids, need_tun, trial};
 use device::{
     NOBODY, Node, exists, ioctl_int, ioctl_value, link, namespace, open_descriptors, raw_tun, read_packet,
     socket_behind, udp_payload, unprivileged,
@@ -111,6 +111,7 @@ fn main() {
         .alone(),
         trial("settings are applied", || {
             need_tun();
+            need_ids(&[12, 34]);
             let mac = [0x02, 0, 0x5e, 0x10, 0, 1];
             let device = Builder::new("set", Mode::Tap)
                 .queues(2)
@@ -471,6 +472,7 @@ fn main() {
         }),
         trial("persistence, owner and group", || {
             need_tun();
+            need_ids(&[7, 8, 9, 10]);
             let owners = |name: &str| {
                 let tun = link(name).tun.unwrap();
                 (tun.owner, tun.group)
@@ -754,6 +756,7 @@ fn main() {
         trial("without privilege it says which one is missing", || {
             need_tun();
             // T29
+            need_ids(&[NOBODY]);
             drop(
                 Builder::new("mine", Mode::Tun)
                     .queues(2)

@@ -7,14 +7,14 @@ mod floor;
 use std::io;
 use std::time::Duration;
 
-use common::{Trial, need_tun, trial};
+use common::{Trial, need_locked_memory, need_tun, trial};
 use floor::{Floor, PlainLoop};
 use tun_driver::lab::Sandbox;
 use tun_driver::lab::cases::{self, Drained, Load, Runner, Way};
 use tun_driver::lab::measure::{CPU_NS, Plan, Report};
 use tun_driver::lab::offload_cases::{self, Load64K, Traffic};
 use tun_driver::lab::ways::{ByWorker, IfaceLoop};
-use tun_driver::{Backend, Builder, Mode, Offloads, Wait};
+use tun_driver::{Backend, Builder, Mode, Offloads, Wait, WorkerConfig};
 
 fn main() {
     let mut trials: Vec<Trial> = Vec::new();
@@ -111,6 +111,8 @@ fn superpackets_pass(traffic: Traffic) {
     drop(device);
     let mut backends = vec![Backend::Syscalls];
     if tun_driver::Support::probe().tun_nowait == Some(true) {
+        // For as many ways as run side by side.
+        need_locked_memory(2 * WorkerConfig::default().memory().total_with_large_buffers() as u64);
         backends.push(Backend::IoUring);
     }
     let movers = offload_cases::movers(traffic, &backends);

@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, need_tun, trial};
+use common::{Trial, need_backend, need_locked_memory, need_tun, trial};
 use tun_driver::lab::generator::{self, Generator, Limit};
 use tun_driver::lab::packet::Framing;
 use tun_driver::lab::{Filler, Tracker, process, sysctl};
@@ -1070,6 +1070,7 @@ fn bad_settings() {
         ..WorkerConfig::default()
     }));
     // A device of longer packets gets longer buffers.
+    need_locked_memory(WorkerConfig::default().memory().total_with_large_buffers() as u64);
     let big = Builder::new("e1", Mode::Tun).mtu(9000).open().unwrap();
     let engine = Engine::builder().device(big).start(|_| Ok(Counting::new())).unwrap();
     assert_eq!(engine.workers()[0].backend.large_buffers, 128);

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::{need_tun, trial};
+use common::{need_ids, need_tun, trial};
 use device::{NOBODY, Node, descriptor_flags, exists, link, socket_behind, udp_packet, udp_payload, unprivileged};
 use tun_driver::netlink::Handle;
 use tun_driver::{Builder, Iface, Mode, OpenError};
@@ -308,6 +308,7 @@ fn main() {
         }),
         trial("the owner attaches to a persistent device without privilege", || {
             need_tun();
+            need_ids(&[NOBODY]);
             let made = Builder::new("owned", Mode::Tun)
                 .persist(true)
                 .owner(NOBODY)

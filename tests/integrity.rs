@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, trial};
+use common::{Trial, need_backend, need_locked_memory, trial};
 use tun_driver::lab::packet::{Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Namespace, Tracker};
 use tun_driver::netlink::Handle;
@@ -48,6 +48,13 @@ const HERE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 const THERE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
 const FLOWS: usize = 120;
 
+/// Workers on rings register their buffers, which the memlock limit bounds.
+fn need_memory(backend: Backend, workers: usize) {
+    if backend == Backend::IoUring {
+        need_locked_memory((workers * WorkerConfig::default().memory().total()) as u64);
+    }
+}
+
 fn config(backend: Backend) -> WorkerConfig {
     WorkerConfig {
         backend: Some(backend),
@@ -59,6 +66,7 @@ fn config(backend: Backend) -> WorkerConfig {
 /// within a flow.
 fn received(backend: Backend, queues: usize) {
     const PACKETS: u64 = 24_000;
+    need_memory(backend, queues);
     let device = Builder::new("t0", Mode::Tun)
         .queues(queues)
         .address(HERE, 24)
@@ -128,6 +136,7 @@ fn received(backend: Backend, queues: usize) {
 /// What workers send arrives in order at a socket; what is accepted is what the kernel counts.
 fn sent(backend: Backend, queues: usize) {
     const PER_QUEUE: u32 = 3_000;
+    need_memory(backend, queues);
     let device = Builder::new("t0", Mode::Tun)
         .queues(queues)
         .address(HERE, 24)

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, need_tun, trial};
+use common::{Trial, need_backend, need_locked_memory, need_tun, trial};
 use tun_driver::lab::{Filler, Namespace, process};
 use tun_driver::netlink::Handle;
 use tun_driver::{
@@ -249,6 +249,7 @@ fn odd_ends(backend: Backend) {
 fn takes_what_it_says() {
     let said = WorkerConfig::default().memory();
     assert!(said.total() <= 4 << 20, "{said:?}");
+    need_locked_memory(8 * said.total() as u64);
     // The first one pays for what the process needs only once.
     drop(Worker::new(&WorkerConfig::default()).unwrap());
     let before = process::memory().unwrap().resident;

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, skip, trial};
+use common::{Trial, need_backend, need_receive_buffer, skip, trial};
 use tun_driver::lab::{Namespace, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
@@ -857,6 +857,8 @@ fn tagged_frames(backend: Backend) {
 }
 
 const UDP: libc::c_int = 17;
+/// So that a burst fits into it.
+const RECEIVE_BUFFER: libc::c_int = 8 << 20;
 const UDP_SEGMENT: libc::c_int = 103;
 const UDP_GRO: libc::c_int = 104;
 
@@ -877,6 +879,7 @@ fn option(socket: &impl AsRawFd, level: libc::c_int, option: libc::c_int, value:
 /// Sends numbered datagrams of 1,000 bytes in groups of 40 and one short one; they arrive as they were, in order, to sockets with and without GRO.
 fn datagrams(wire: &Wire, to: IpAddr, gro: bool) {
     const GROUPS: usize = 50;
+    need_receive_buffer(RECEIVE_BUFFER as u64);
     let (tell, told) = mpsc::channel();
     thread::scope(|scope| {
         let receiver = scope.spawn(|| {
@@ -886,7 +889,7 @@ fn datagrams(wire: &Wire, to: IpAddr, gro: bool) {
                     if gro {
                         option(&socket, UDP, UDP_GRO, 1);
                     }
-                    option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20);
+                    option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER);
                     socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
                     tell.send(socket.local_addr().unwrap()).unwrap();
                     let (mut buffer, mut bytes) = (vec![0; 70_000], Vec::new());
@@ -1158,8 +1161,9 @@ fn into_a_socket(backend: Backend) {
 }
 
 fn receiver() -> UdpSocket {
+    need_receive_buffer(RECEIVE_BUFFER as u64);
     let receiver = UdpSocket::bind((LEFT, 0)).unwrap();
-    option(&receiver, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 8 << 20);
+    option(&receiver, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER);
     receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     receiver
 }

@@ -28,7 +28,7 @@
 
 use std::any::Any;
 use std::env;
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::panic::{self, AssertUnwindSafe};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -93,6 +93,12 @@ pub fn run(trials: Vec<Trial>) -> ! {
     if let Some(reason) = &refusal {
         eprintln!("no network namespace: {reason}");
     }
+    // Without privilege all trials share one limit of locked memory, which is counted per user. Side by side they would take it from each other.
+    let serial = refusal.is_none() && !arguments.list && !in_initial_user_namespace();
+    let arguments = Arguments {
+        test_threads: if serial { Some(1) } else { arguments.test_threads },
+        ..arguments
+    };
     let turn = Arc::new(RwLock::new(()));
     let trials = trials
         .into_iter()
@@ -129,6 +135,63 @@ pub fn need_tun() {
     if let Err(error) = OpenOptions::new().read(true).write(true).open("/dev/net/tun") {
         skip(format!(
             "/dev/net/tun cannot be opened ({error}); as another user than root it must be writable (usually mode 0666)"
+        ));
+    }
+}
+
+/// Skips the trial unless these numbers mean users and groups here: in a user namespace made without privilege only 0 does.
+pub fn need_ids(ids: &[u32]) {
+    let mapped = |map: &str, id: u32| {
+        let text = fs::read_to_string(map).expect("procfs");
+        text.lines().any(|line| {
+            let mut numbers = line
+                .split_whitespace()
+                .map(|number| number.parse::<u64>().expect("a number"));
+            let (first, _outside, count) = (numbers.next(), numbers.next(), numbers.next());
+            first
+                .zip(count)
+                .is_some_and(|(first, count)| (first..first + count).contains(&id.into()))
+        })
+    };
+    for &id in ids {
+        if !["/proc/self/uid_map", "/proc/self/gid_map"]
+            .iter()
+            .all(|map| mapped(map, id))
+        {
+            skip(format!("this user namespace has no id {id}; run as root"));
+        }
+    }
+}
+
+/// Whether capabilities count for what the kernel asks of the initial user namespace: locked memory and buffers beyond the limits.
+fn in_initial_user_namespace() -> bool {
+    let map = fs::read_to_string("/proc/self/uid_map").expect("procfs");
+    map.split_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// Skips the trial unless the process may lock so much memory: a ring's registered buffers count, and a worker takes fewer beyond the limit.
+pub fn need_locked_memory(bytes: u64) {
+    let support = Support::probe();
+    if support.cap_ipc_lock && in_initial_user_namespace() {
+        return;
+    }
+    if let Some(limit) = support.memlock_limit.filter(|&limit| limit < bytes) {
+        skip(format!(
+            "{} KiB may be locked, and the trial needs {} KiB; run as root, or raise RLIMIT_MEMLOCK (ulimit -l)",
+            limit / 1024,
+            bytes / 1024
+        ));
+    }
+}
+
+/// Skips the trial unless a socket may have a receive buffer of so many bytes, by privilege or by the host's limit.
+pub fn need_receive_buffer(bytes: u64) {
+    const LIMIT: &str = "/proc/sys/net/core/rmem_max";
+    // In a network namespace that is not the initial one, older kernels do not show it; the limit is the host's then.
+    let limit = fs::read_to_string(LIMIT).map_or(0, |text| text.trim().parse().expect(LIMIT));
+    if !in_initial_user_namespace() && limit < bytes {
+        skip(format!(
+            "a socket may buffer {limit} bytes (net.core.rmem_max), and the trial needs {bytes}; run as root"
         ));
     }
 }
