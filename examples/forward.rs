@@ -39,13 +39,20 @@ fn run() -> Result<(), Box<dyn Error>> {
     );
     let (left, right): (String, String) = (cli.word("left0"), cli.word("right0"));
     let (left_address, right_address): (Ipv4Addr, Ipv4Addr) = (cli.word("198.18.3.1"), cli.word("198.18.3.2"));
-    let netns: String = cli.word("/run/netns/blue");
+    let netns = cli.path("/run/netns/blue");
 
     let mut worker = Worker::new(&cli.worker_config())?;
     let left = worker.attach(open(Builder::new(&left, Mode::Tun), left_address)?)?;
     let right = worker.attach(open(Builder::new(&right, Mode::Tun).netns_path(netns), right_address)?)?;
     cli.stop_at_the_end(worker.waker())?;
-    cli::print_ready(&worker, format_args!("{left_address} <-> {right_address}"));
+    // Not always the names that were asked for: with "tun%d" the kernel puts a number.
+    let name = |port| worker.queue(port).map_or("", |queue| queue.name());
+    let ends = format!(
+        "{left_address} on {} <-> {right_address} on {}",
+        name(left),
+        name(right)
+    );
+    cli::print_ready(&worker, ends);
 
     let mut ways = [(left, right), (right, left)].map(|(from, to)| Way {
         from,

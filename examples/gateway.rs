@@ -82,7 +82,7 @@ fn main() -> ExitCode {
 
 fn run() -> Result<(), Box<dyn Error>> {
     let mut cli = cli::Cli::parse("gateway [NETNS_OF_RIGHT [QUEUES]] [--seconds N] [--backend io_uring|syscalls]");
-    let netns: String = cli.word("/run/netns/blue");
+    let netns = cli.path("/run/netns/blue");
     let queues: usize = cli.word("2");
     let (here, there) = (Ipv4Addr::new(198, 18, 5, 1), Ipv4Addr::new(198, 18, 5, 2));
     let device = |name, address| {

@@ -27,6 +27,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     // The kernel's own addresses; it sends the rest of both subnets to us, and we answer for all of it.
     let builder = Builder::new(&name, Mode::Tun).address(ipv4, 24).address(ipv6, 64);
     let queue = builder.up(true).open()?.into_queues().remove(0);
+    // Not always the name that was asked for: with "tun%d" the kernel puts a number.
+    let name = queue.name().to_owned();
     let mut port = queue.drive(&cli.worker_config())?;
     cli.stop_at_the_end(port.worker().waker())?;
     cli::print_ready(port.worker(), format_args!("{ipv4}/24 and {ipv6}/64 on {name}"));

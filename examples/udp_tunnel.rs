@@ -37,7 +37,10 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut worker = Worker::new(&cli.worker_config())?;
     // An MTU with which a packet, our header, and those of UDP and IP fit into 1500 bytes.
     let builder = Builder::new(&name, Mode::Tun).mtu(1400).address(address, 24);
-    let tun = worker.attach(builder.up(true).open()?.into_queues().remove(0))?;
+    let queue = builder.up(true).open()?.into_queues().remove(0);
+    // Not always the name that was asked for: with "tun%d" the kernel puts a number.
+    let name = queue.name().to_owned();
+    let tun = worker.attach(queue)?;
     let socket = UdpSocket::bind(local)?;
     // A connected socket takes datagrams from the peer only, and what we send needs no address (else: `PacketBuf::set_peer`).
     socket.connect(peer)?;

@@ -28,6 +28,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let builder = Builder::new(&name, Mode::Tun).address(ipv4, 24).address(ipv6, 64);
     let queue = builder.up(true).open()?.into_queues().remove(0);
     // The worker lives on this thread, and the queue becomes its one port.
+    // Not always the name that was asked for: with "tun%d" the kernel puts a number.
+    let name = queue.name().to_owned();
     let mut port = queue.drive(&cli.worker_config())?;
     cli.stop_at_the_end(port.worker().waker())?;
     cli::print_ready(port.worker(), format_args!("{ipv4}/24 and {ipv6}/64 on {name}"));

@@ -2,9 +2,12 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
@@ -25,6 +28,11 @@ fn main() {
         trial("per_packet prints what the stack sends", per_packet),
         trial("a refusal is told in words", refusal_in_words),
         trial("an unknown option is refused", unknown_option),
+        trial(
+            "arguments of any bytes are taken or refused, without a panic",
+            any_bytes,
+        ),
+        trial("the name that was granted is printed", granted_name),
     ];
     type Check = fn(Backend);
     let checks: [(&str, Check); 10] = [
@@ -103,6 +111,57 @@ fn unknown_option() {
     let mut running = example("forward", &["--no-such-option"]);
     assert_eq!(running.wait().code(), Some(2));
     assert!(running.errors().contains("usage: forward [LEFT"));
+}
+
+fn any_bytes() {
+    let run_with = |name: &str, arguments: &[&[u8]]| {
+        let arguments = arguments.iter().map(|bytes| OsStr::from_bytes(bytes));
+        run(Command::new(path(name)).args(arguments))
+    };
+    let wrong: &[u8] = b"\xff\xfe";
+    for (name, before) in [
+        ("per_packet", &[][..]),
+        ("icmp_echo", &[]),
+        ("worker_loop", &[]),
+        ("udp_tunnel", &[b"t0" as &[u8]]),
+        ("forward", &[b"l0", b"r0"]),
+        ("gateway", &[b"/run/netns/blue"]),
+    ] {
+        for bad in [
+            &[wrong][..],
+            &[b"--seconds", wrong],
+            &[b"-\xff"],
+            &[b"--backend", wrong],
+            &[b"--packets", b""],
+        ] {
+            let told = run_with(name, &[before, bad].concat());
+            assert_eq!(told.status.code(), Some(2), "{name} {bad:?}");
+            assert!(
+                String::from_utf8_lossy(&told.stderr).contains("usage: "),
+                "{name} {bad:?}"
+            );
+        }
+    }
+    // A path may be anything; this one does not exist.
+    need_tun();
+    let told = run_with("gateway", &[b"/nowhere/\xff\xfe"]);
+    assert_eq!(told.status.code(), Some(1));
+    let told = String::from_utf8_lossy(&told.stderr).into_owned();
+    assert!(!told.contains("panicked") && told.contains("/nowhere/"), "{told}");
+}
+
+fn granted_name() {
+    need_tun();
+    for (name, arguments) in [
+        ("icmp_echo", &["e%d"][..]),
+        ("worker_loop", &["e%d"]),
+        ("udp_tunnel", &["e%d", "198.18.4.1", "127.0.0.1:0", "127.0.0.1:9"]),
+    ] {
+        let mut process = example(name, arguments);
+        let ready = process.line("ready: ");
+        assert!(ready.contains(" on e0"), "{name}: {ready}");
+        process.stop();
+    }
 }
 
 fn worker_loop(backend: Backend) {
@@ -558,6 +617,11 @@ fn path_of(namespace: &Namespace) -> String {
 
 /// Starts an example, which cargo built beside this test, in the namespace of the calling thread.
 fn example(name: &str, arguments: &[&str]) -> Process {
+    Process::start(Command::new(path(name)).args(arguments))
+}
+
+/// The program of an example.
+fn path(name: &str) -> PathBuf {
     // target/<profile>/deps/<this test>: the examples are two floors up.
     let test = env::current_exe().unwrap();
     let path = test.ancestors().nth(2).unwrap().join("examples").join(name);
@@ -566,7 +630,7 @@ fn example(name: &str, arguments: &[&str]) -> Process {
         "{} is missing; `cargo test --features lab` builds the examples, `cargo test --test examples` does not",
         path.display()
     );
-    Process::start(Command::new(path).args(arguments))
+    path
 }
 
 /// A child process. Dropping it kills it, and waits until it is gone.

@@ -2,6 +2,8 @@
 #![allow(dead_code, unreachable_pub)] // each example uses its share
 
 use std::error::Error;
+use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
@@ -13,7 +15,7 @@ use tun_driver::{Backend, PortError, PortId, Waker, Worker, WorkerConfig};
 /// The command line: words in their order, and options anywhere between them.
 pub struct Cli {
     usage: &'static str,
-    words: vec::IntoIter<String>,
+    words: vec::IntoIter<OsString>,
     packets: Option<u64>,
     seconds: Option<u64>,
     keepalive_ms: u64,
@@ -32,25 +34,27 @@ impl Cli {
             backend: None,
         };
         let mut words = Vec::new();
-        let mut arguments = env::args().skip(1);
+        // Not `env::args`, which panics where an argument is not UTF-8: a path may be anything.
+        let mut arguments = env::args_os().skip(1);
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().unwrap_or_default();
-            match argument.as_str() {
-                "--packets" => cli.packets = Some(cli.read(&value())),
-                "--seconds" => cli.seconds = Some(cli.read(&value())),
-                "--keepalive-ms" => cli.keepalive_ms = cli.read(&value()),
-                "--backend" => {
-                    cli.backend = match value().as_str() {
-                        "io_uring" => Some(Backend::IoUring),
-                        "syscalls" => Some(Backend::Syscalls),
-                        other => cli.refuse(other),
+            match argument.to_str() {
+                Some("--packets") => cli.packets = Some(cli.read(&value())),
+                Some("--seconds") => cli.seconds = Some(cli.read(&value())),
+                Some("--keepalive-ms") => cli.keepalive_ms = cli.read(&value()),
+                Some("--backend") => {
+                    let name = value();
+                    cli.backend = match name.to_str() {
+                        Some("io_uring") => Some(Backend::IoUring),
+                        Some("syscalls") => Some(Backend::Syscalls),
+                        _ => cli.refuse(&name),
                     }
                 }
-                "--help" => {
+                Some("--help") => {
                     println!("usage: {usage}");
                     process::exit(0)
                 }
-                option if option.starts_with('-') => cli.refuse(option),
+                _ if argument.as_encoded_bytes().starts_with(b"-") => cli.refuse(&argument),
                 _ => words.push(argument),
             }
         }
@@ -60,13 +64,13 @@ impl Cli {
 
     /// The next word, or `default` if there are no more.
     pub fn word<T: FromStr + ToString>(&mut self, default: &str) -> T {
-        let word = self.words.next().unwrap_or_else(|| default.to_owned());
-        self.read(&word)
+        let word = self.path(default);
+        self.read(word.as_os_str())
     }
 
-    /// The next word, if there is one.
-    pub fn optional_word(&mut self) -> Option<String> {
-        self.words.next()
+    /// The next word as a path, which need not be UTF-8, or `default` if there are no more.
+    pub fn path(&mut self, default: &str) -> PathBuf {
+        self.words.next().map_or_else(|| default.into(), PathBuf::from)
     }
 
     /// `--packets`, or without end.
@@ -107,11 +111,12 @@ impl Cli {
         Ok(())
     }
 
-    fn read<T: FromStr>(&self, word: &str) -> T {
-        word.parse().unwrap_or_else(|_| self.refuse(word))
+    fn read<T: FromStr>(&self, word: &OsStr) -> T {
+        let read = word.to_str().and_then(|text| text.parse().ok());
+        read.unwrap_or_else(|| self.refuse(word))
     }
 
-    fn refuse(&self, what: &str) -> ! {
+    fn refuse(&self, what: &OsStr) -> ! {
         eprintln!("{what:?} is not understood\nusage: {}", self.usage);
         process::exit(2)
     }
