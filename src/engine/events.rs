@@ -368,10 +368,7 @@ impl Watched {
             }
         };
         self.name = name;
-        let offloads = self.device.active_offloads().unwrap_or_default();
-        if mtu > self.mtu || !self.device.offloads().contains(offloads) {
-            shared.look_at_devices();
-        }
+        let grew = mtu > self.mtu;
         if mtu != self.mtu {
             self.mtu = mtu;
             shared.events.send(Event::MtuChanged {
@@ -387,6 +384,11 @@ impl Watched {
             } else {
                 Event::Down { device }
             });
+        }
+        let offloads = self.device.active_offloads().unwrap_or_default();
+        // After the event, which is the cause of what the workers report.
+        if grew || !self.device.offloads().contains(offloads) {
+            shared.look_at_devices();
         }
         Look::Stays
     }
