@@ -1310,6 +1310,7 @@ fn not_send() {
 }
 
 fn idle() {
+    need_tun();
     let engine = Engine::builder()
         .device(device("e0", 4, HERE))
         .workers(4)
@@ -1592,6 +1593,7 @@ impl Drop for DescriptorLimit {
 }
 
 fn descriptors() {
+    need_tun();
     for forced in [None, Some(Backend::IoUring), Some(Backend::Syscalls)] {
         let (mut failed, mut started) = (0, 0);
         for spare in 0..16 {
