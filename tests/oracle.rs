@@ -90,8 +90,22 @@ fn property<S: Strategy>(default: u32, cases: &S, check: impl Fn(S::Value) -> Re
         })
     });
     if let Err(error) = result {
-        panic!("{error}");
+        // A batch takes thousands of lines.
+        let text: String = error.to_string().chars().take(6_000).collect();
+        panic!("{text}");
     }
+}
+
+/// What the kernel counted of its drops in this namespace, to be printed where packets are missing.
+fn drops() -> String {
+    let mut all = String::new();
+    for file in ["snmp6", "netstat", "dev"] {
+        let text = fs::read_to_string(format!("/proc/thread-self/net/{file}")).unwrap_or_default();
+        for line in text.lines().filter(|line| file == "dev" || !line.ends_with("\t0")) {
+            all += &format!("{}\n", line.split_whitespace().collect::<Vec<_>>().join(" "));
+        }
+    }
+    all.chars().take(3_000).collect()
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------- packets
@@ -312,6 +326,8 @@ struct Route {
     skip: usize,
     /// Bytes of TCP below which the kernel is not asked to cut, since it would: see [`GsoType::size_min`].
     size_min: u16,
+    /// The kernel drops superpackets of TCP that have extension headers of IPv6, see `Gso::may_be_lost`.
+    loses_extensions: bool,
 }
 
 impl Route {
@@ -350,6 +366,7 @@ impl Route {
             buffer: vec![0; HEADER + 65_536],
             skip: if b_flags & libc::IFF_VNET_HDR != 0 { HEADER } else { 0 },
             size_min: 1,
+            loses_extensions: false,
         }
     }
 
@@ -379,6 +396,18 @@ impl Route {
                 3 => 1,
                 10 => least,
                 other => panic!("20 bytes of TCP by 2 came in {other} pieces"),
+            };
+            // Its byte 12 is a zero, which is no length of a TCP header.
+            let recipe = Recipe {
+                extensions: vec![(60, 2)],
+                ..plain(true, true)
+            };
+            let (header, packet) = recipe.superpacket(&[0; 200], 100);
+            route.write(Some(header), &packet).unwrap();
+            route.loses_extensions = match route.read_all(2).len() {
+                0 => true,
+                2 => false,
+                other => panic!("200 bytes of TCP by 100 came in {other} pieces"),
             };
         }
         route
@@ -512,7 +541,7 @@ fn assert_cut_to(route: &mut Route, header: VnetHdr, packet: &[u8], expected: &[
             &expected[..end]
         );
     }
-    assert_eq!(got.len(), expected.len(), "{}", what());
+    assert_eq!(got.len(), expected.len(), "{}\n{}", what(), drops());
 }
 
 /// What is left of a superpacket when segments were taken from the front is one, for the kernel too.
@@ -588,8 +617,9 @@ fn cut_any(v6: bool, tcp: bool) {
         // The last one is shorter, or full.
         let last = usize::from(size) - (last * 1.5 * f64::from(size)) as usize % usize::from(size);
         let payload = (usize::from(size) * (count - 1) + last).min(most);
-        if !is_lost(&recipe, payload, size) {
-            let (mut route, bytes) = (route.borrow_mut(), bytes(payload, seed));
+        let (mut route, bytes) = (route.borrow_mut(), bytes(payload, seed));
+        let lost = route.loses_extensions && tcp && !recipe.extensions.is_empty();
+        if !lost && !is_lost(&recipe, payload, size) {
             assert_cut(&mut route, &recipe, &bytes, size);
             assert_rest(&mut route, &recipe, &bytes, size, seed as usize % count);
         }
@@ -850,7 +880,7 @@ impl Merger {
         while free.contains(&true) {
             let Some((header, mut packet)) = self.route.read() else {
                 let bound = Duration::from_secs(1).max(4 * self.tick) * common::slowness();
-                assert!(self.route.wait(bound), "lost {free:?}");
+                assert!(self.route.wait(bound), "lost {free:?}\n{}", drops());
                 continue;
             };
             let mut merged = Merged {
@@ -1267,7 +1297,10 @@ fn merge_rules(v6: bool, tcp: bool) {
                 },
                 &[100; 6],
             );
-            check(&what, &extended, Same);
+            // The kernel merges them, and some then lose them.
+            if !tcp {
+                check(&what, &extended, Same);
+            }
             check(&what, &with(&|batch| batch[3] = extended[3].clone()), Apart(vec![3]));
         }
     } else {
@@ -1435,7 +1468,8 @@ enum Step {
 }
 
 /// A batch of several flows, and which of its packets the kernel does not look into.
-fn batch(v6: bool, tcp: bool) -> impl Strategy<Value = (Batch, Vec<usize>)> {
+/// Packets of several flows. With `extensions`, some of those of IPv6 have extension headers.
+fn batch(v6: bool, tcp: bool, extensions: bool) -> impl Strategy<Value = (Batch, Vec<usize>)> {
     let mut flags = vec![PSH, FIN, SYN, RST, URG, ECE];
     if common::kernel() >= (6, 15) {
         flags.push(CWR);
@@ -1472,9 +1506,17 @@ fn batch(v6: bool, tcp: bool) -> impl Strategy<Value = (Batch, Vec<usize>)> {
             .into_iter()
             .enumerate()
             .map(|(index, (recipe, size, keeps))| {
-                let port = 40_000 + index as u16;
-                let flags = ACK;
-                (Recipe { port, flags, ..recipe }, size, keeps)
+                let whole = Recipe {
+                    port: 40_000 + index as u16,
+                    flags: ACK,
+                    extensions: if extensions {
+                        recipe.extensions.clone()
+                    } else {
+                        Vec::new()
+                    },
+                    ..recipe
+                };
+                (whole, size, keeps)
             })
             .collect();
         let (mut batch, mut apart) = (Vec::new(), Vec::new());
@@ -1529,17 +1571,21 @@ fn batch(v6: bool, tcp: bool) -> impl Strategy<Value = (Batch, Vec<usize>)> {
 
 fn merge_any(v6: bool, tcp: bool) {
     let merger = RefCell::new(Merger::new(tcp));
-    property(80, &batch(v6, tcp), |(batch, apart)| {
-        let mut merger = merger.borrow_mut();
-        compare(&mut merger, "a batch", &batch, &Kernel::Apart(apart))
-    });
+    property(
+        80, // The library merges no TCP behind extension headers, which some kernels lose.
+        &batch(v6, tcp, !tcp),
+        |(batch, apart)| {
+            let mut merger = merger.borrow_mut();
+            compare(&mut merger, "a batch", &batch, &Kernel::Apart(apart))
+        },
+    );
     merger.borrow().finish();
 }
 
 /// What the library merged goes to the kernel, which cuts it: what comes out are the packets that went in, in the order of the groups.
 fn round_trip(v6: bool, tcp: bool) {
     let route = RefCell::new(Route::cutting(tcp));
-    property(60, &batch(v6, tcp), |(batch, _)| {
+    property(60, &batch(v6, tcp, true), |(batch, _)| {
         let mut route = route.borrow_mut();
         let mut table = GroTable::new(256, limits(&batch));
         let mut expected = Vec::new();

@@ -73,6 +73,7 @@ fn main() {
         add("an engine tells that superpackets are refused", told_by_an_engine);
         add("switched off, nothing is passed or merged", switched_off);
         add("a packet that no longer fits is refused", mangled);
+        add("TCP behind extension headers is cut, since kernels lose it", extended);
         add("a superpacket that lost a segment is refused in the end", torn);
         add("a device that is down refuses no superpackets", down);
         add("short packets leave large buffers", short_packets);
@@ -1011,6 +1012,19 @@ fn udp_superpacket(payload: &[u8], size: u16, port: u16) -> (VnetHdr, Vec<u8>) {
     (header(5, size, 20, 6), packet)
 }
 
+/// The same over IPv6, behind an extension header. It goes to LEFT6.
+fn tcp_superpacket_v6(payload: &[u8], size: u16) -> (VnetHdr, Vec<u8>) {
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend(((8 + 20 + payload.len()) as u16).to_be_bytes());
+    packet.extend([60, 64]);
+    packet.extend(RIGHT6.octets());
+    packet.extend(LEFT6.octets());
+    packet.extend([6, 0, 1, 4, 0, 0, 0, 0]);
+    packet.extend([0x9c, 0x40, 0, 80, 0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 2, 0, 0, 0, 0, 0]);
+    packet.extend(payload);
+    (header(4, size, 48, 16), packet)
+}
+
 /// The same over IPv6, behind so many extension headers of 128 bytes.
 fn udp_superpacket_v6(payload: &[u8], size: u16, extensions: usize) -> (VnetHdr, Vec<u8>) {
     let transport = 40 + extensions * 128;
@@ -1533,6 +1547,19 @@ fn mangled(backend: Backend) {
     other.headers.network = usize::MAX;
     assert!(whole.set_meta(Meta::Gso(other)).is_err());
     assert_eq!((packet.meta(), whole.meta()), (Ok(Meta::Plain), Ok(Meta::Plain)));
+}
+
+/// Linux 6.12.117 drops such a superpacket where it is forwarded (`qdisc_pkt_len_init`).
+fn extended(backend: Backend) {
+    let (mut worker, port, _device) = with_device(backend, Offloads::all());
+    let mut batch = Batch::with_capacity(1);
+    let bytes = tcp_superpacket_v6(&pattern(5_000, 1), 1_000);
+    batch.push(superpacket(&worker, &bytes)).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, sent.stopped), (1, 0, None));
+    let counters = worker.counters(port).unwrap();
+    assert_eq!((counters.cut_superpackets, counters.cut_segments), (1, 5));
+    assert_eq!((counters.sent_superpackets, counters.offloads_refused), (0, 0));
 }
 
 fn torn(backend: Backend) {

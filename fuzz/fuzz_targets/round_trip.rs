@@ -49,7 +49,7 @@ fn runs(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Case> {
         flow.flags &= !(SYN_RST_URG | FIN_PSH | CWR);
         // All of them different flows, between the same addresses.
         flow.ports[0] = number;
-        if !flow.v6 {
+        if !flow.v6 || flow.tcp {
             flow.extra = 0;
         }
         let count = if rarely(bytes, 8)? {
@@ -188,8 +188,8 @@ fn cut_and_merge(shape: &Shape, size: u16, hdr_len: u16) {
         panic!("{:?}", said.check(&original, link))
     };
     let segments = cut(&gso, &original);
-    // IPv6 can say more than is merged, and CWR goes alone.
-    if original.len() - shape.network() > 65_535 || shape.tcp && shape.flags & CWR != 0 {
+    // IPv6 can say more than is merged; CWR and TCP behind extension headers go alone.
+    if original.len() - shape.network() > 65_535 || shape.tcp && (shape.flags & CWR != 0 || shape.extra > 0) {
         return;
     }
     let limits = Limits {

@@ -23,6 +23,7 @@
 //! | UDP payload | equal length; a shorter one ends the run, and is in it; none: alone | `udp_gro_receive_segment` |
 //! | TCP or UDP checksum | right ([`Limits::verify`]); none: alone | `skb_gro_checksum_validate` |
 //! | IPv4 options, fragments | alone | `inet_gro_receive` |
+//! | IPv6 extension headers before TCP | alone | below |
 //! | length of the superpacket, number of its segments | [`Limits`] | `skb_gro_receive` |
 //!
 //! So a packet with a wrong checksum stays as wrong as it was. UDP without a checksum (IPv4) goes alone, because a superpacket has no way to say that
@@ -48,6 +49,7 @@
 //! | padding behind the packet | looked at before it is cut off: ends TCP's run, goes by with UDP | left out |
 //! | TCP urgent pointer without URG | that of the first packet in all | ends the run where it differs |
 //! | TCP CWR | merges if on all; cut again before a TUN device, whose header cannot say it | alone |
+//! | IPv6 extension headers before TCP | merges; 6.12.117 then drops it where it is forwarded (`qdisc_pkt_len_init`) | alone |
 //! | TCP payload below 8 bytes | merges; newer kernels then cut to 8 ([`GsoType::size_min`]) | begins no run |
 //! | many flows | eight runs per hash (`MAX_GRO_SKBS`); one more drives out the oldest | all of the batch |
 //! | many segments | 64 of UDP, any number of TCP | [`Limits::segments`] of either |
@@ -384,7 +386,7 @@ impl GroTable {
         if run.count as usize >= self.limits.segments || bytes > self.limits.bytes.min(65_535) {
             return false;
         }
-        if payload.is_empty() || payload.len() > run.size || headers.options && headers.version == Version::V4 {
+        if payload.is_empty() || payload.len() > run.size || goes_alone(headers) {
             return false;
         }
         let Some(same_identification) = network_follows(packet, headers, first, &theirs, run) else {
@@ -501,6 +503,12 @@ impl<'a> Group<'a> {
     }
 }
 
+/// Whether its network headers keep a packet out of every run.
+#[inline]
+fn goes_alone(headers: &Headers) -> bool {
+    headers.options && (headers.version == Version::V4 || headers.protocol == TCP)
+}
+
 /// Whether a packet may be the first of a run; and its TCP flags.
 #[inline]
 fn can_begin(packet: &[u8], headers: &Headers, payload: &Range<usize>) -> (bool, u8) {
@@ -515,7 +523,7 @@ fn can_begin(packet: &[u8], headers: &Headers, payload: &Range<usize>) -> (bool,
     };
     let open = payload.len() >= usize::from(least)
         && flags & (FIN | PSH | ALONE) == 0
-        && !(headers.options && headers.version == Version::V4)
+        && !goes_alone(headers)
         && headers.payload <= HEADERS_MAX;
     (open, flags)
 }

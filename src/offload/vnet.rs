@@ -213,6 +213,12 @@ impl VnetHdr {
 }
 
 impl Gso {
+    /// Whether a kernel may drop it on its way to another device: `qdisc_pkt_len_init` of Linux 6.12.117 takes the first
+    /// extension header of IPv6 for TCP's.
+    pub(crate) fn may_be_lost(&self) -> bool {
+        self.kind == GsoType::Tcp6 && self.headers.options
+    }
+
     /// Whether the headers that were found in the packet are those of such a superpacket.
     pub(crate) fn check(&self, packet: &[u8]) -> Result<(), VnetFault> {
         let headers = &self.headers;

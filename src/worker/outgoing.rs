@@ -401,12 +401,17 @@ fn next(rules: &OutgoingRules, batch: &mut [PacketBuf], cut: bool) -> Next {
             {
                 continue;
             }
-            Shape::Gso { kind, torn, .. } if packet.meta().is_ok() => {
-                if rules.vnet && rules.passes(kind) && torn == 0 && !(cut && place == 0) {
-                    continue;
+            Shape::Gso { kind, torn, .. } => match packet.meta() {
+                Ok(Meta::Gso(gso)) => {
+                    // One with more headers cannot be cut.
+                    let lost = gso.may_be_lost() && gso.headers.payload <= HEADERS_MAX;
+                    if rules.vnet && rules.passes(kind) && torn == 0 && !lost && !(cut && place == 0) {
+                        continue;
+                    }
+                    Next::Cut
                 }
-                Next::Cut
-            }
+                _ => Next::Refuse,
+            },
             _ => Next::Refuse,
         };
         return if place == 0 { stop } else { Next::Run(place) };
