@@ -431,11 +431,16 @@ impl Arena {
         (config.stride(class) - config.data_offset() - config.tailroom) as u32
     }
 
-    /// Promises `wanted` slots of a class to a port, or as many as half of what is not promised yet. `None` if that is not even one.
+    /// Promises `wanted` slots of a class to a port. All promises together take at most half of the
+    /// class: where this one would exceed that, each port has an equal share. `None` if it cannot
+    /// have even one of half of what is left.
     pub(crate) fn open_account(&self, index: usize, class: SizeClass, wanted: u32) -> Option<u32> {
         self.collect_returned();
         let unfilled = &self.unfilled[class as usize];
-        let promised = wanted.min((self.free[class as usize].len() - unfilled.get()) / 2);
+        let unpromised = || self.free[class as usize].len() - unfilled.get();
+        let most = self.most_promised(class, wanted);
+        self.shrink_promises(class, most);
+        let promised = wanted.min(most).min(unpromised() / 2);
         if promised == 0 {
             return None;
         }
@@ -445,6 +450,39 @@ impl Arena {
         cell.set(reserve);
         unfilled.set(unfilled.get() + reserve.unfilled());
         Some(promised)
+    }
+
+    /// What each port may be promised of a class with one port more that wants `wanted`.
+    fn most_promised(&self, class: SizeClass, wanted: u32) -> u32 {
+        let slots = match class {
+            SizeClass::Small => self.config().small_slots as u32,
+            SizeClass::Large => self.large_open.get(),
+        };
+        let reserves = self.reserves[class as usize].iter().map(Cell::get);
+        let (ports, sum) = reserves
+            .filter(|reserve| reserve.promised > 0)
+            .fold((1, wanted), |(ports, sum), reserve| {
+                (ports + 1, sum.saturating_add(reserve.promised))
+            });
+        if sum <= slots / 2 {
+            u32::MAX
+        } else {
+            (slots / 2 / ports).max(1)
+        }
+    }
+
+    /// Promises no port more than `most` slots.
+    fn shrink_promises(&self, class: SizeClass, most: u32) {
+        let unfilled = &self.unfilled[class as usize];
+        for cell in &self.reserves[class as usize] {
+            let before = cell.get();
+            let after = Reserve {
+                promised: before.promised.min(most),
+                ..before
+            };
+            unfilled.set(unfilled.get() - before.unfilled() + after.unfilled());
+            cell.set(after);
+        }
     }
 
     /// Ends the promise to a port. What it holds goes home as it is released.

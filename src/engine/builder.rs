@@ -14,7 +14,7 @@ use super::events::{Answer, Ask, Events, Watch};
 use super::handler::Handler;
 #[cfg(feature = "metrics")]
 use super::histograms::Histograms;
-use super::placement::{Pin, Placement, pin, usable_cores};
+use super::placement::{Pin, Place, Placement, pin, usable_cores};
 use super::report::{OnPanic, WorkerEnd, WorkerInfo, WorkerReport};
 use super::shared::Shared;
 use super::thread::{Thread, message};
@@ -25,7 +25,7 @@ use crate::error::{OpenError, OpenErrorKind};
 use crate::queue::MultiQueue;
 use crate::stats::{StatsReader, WorkerStats};
 use crate::sys::forked::Origin;
-use crate::worker::{Endpoint, PortId, WakeHandle, Waker, Worker, WorkerConfig};
+use crate::worker::{Endpoint, LARGE_BUFFERS, PortId, WakeHandle, Waker, Worker, WorkerConfig};
 
 /// Devices, sockets and settings of an engine that is to be started. Made by [`Engine::builder`].
 #[derive(Debug)]
@@ -67,9 +67,11 @@ pub struct Seat<'a> {
 pub struct SeatPort {
     /// Its name on the worker.
     pub id: PortId,
-    /// Which device or group of sockets it is of: the count of the calls to [`EngineBuilder`] that gave one, from 0.
+    /// Which device or group of sockets it is of: the count of the calls to [`EngineBuilder`] that
+    /// gave one, from 0.
     pub source: usize,
-    /// Its number within that: the queue's place among the device's queues, or the socket's in its group.
+    /// Its number within that: the queue's place among the device's queues, or the socket's in its
+    /// group.
     pub number: usize,
 }
 
@@ -87,7 +89,8 @@ impl EngineBuilder {
         }
     }
 
-    /// Adds a device: worker k serves its queue k, and where there are fewer workers than queues, they share them in turn.
+    /// Adds a device: worker k serves its queue k, and where there are fewer workers than queues,
+    /// they share them in turn.
     pub fn device(mut self, device: MultiQueue) -> Self {
         let settings = device.device().cloned();
         let endpoints = device
@@ -106,7 +109,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Adds a group of UDP sockets: worker k serves the k-th. Bound to one address with SO_REUSEPORT, the kernel spreads flows over them.
+    /// Adds a group of UDP sockets: worker k serves the k-th. Bound to one address with
+    /// SO_REUSEPORT, the kernel spreads flows over them.
     pub fn sockets(mut self, sockets: impl IntoIterator<Item = UdpSocket>) -> Self {
         let endpoints = sockets
             .into_iter()
@@ -124,7 +128,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Sets the number of workers. Otherwise as many as the largest source has members, but no more than there are cores.
+    /// Sets the number of workers. Otherwise as many as the largest source has members, but no more
+    /// than there are cores.
     pub fn workers(mut self, count: usize) -> Self {
         self.workers = Some(count);
         self
@@ -137,6 +142,10 @@ impl EngineBuilder {
     }
 
     /// Sets how the workers are made: backend, buffers, waiting.
+    ///
+    /// Each worker takes what [`WorkerConfig::memory`] says, however many queues it serves: its
+    /// ports share the buffers. With offloads there are two large buffers for each queue, at least
+    /// 128, unless [`WorkerConfig::large_buffers`] is set: about 137 KiB for each queue beyond 64.
     pub fn config(mut self, config: WorkerConfig) -> Self {
         self.config = config;
         self
@@ -154,7 +163,8 @@ impl EngineBuilder {
         self
     }
 
-    /// Keeps [`Histograms`](super::Histograms) of every batch: two clock readings and three recordings each.
+    /// Keeps [`Histograms`](super::Histograms) of every batch: two clock readings and three
+    /// recordings each.
     #[cfg(feature = "metrics")]
     pub fn histograms(mut self, keep: bool) -> Self {
         self.histograms = keep;
@@ -172,20 +182,26 @@ impl EngineBuilder {
         self.start(move |_| Ok(packets.clone()))
     }
 
-    /// Starts a thread for each worker; on it makes the worker, attaches its queues and sockets, and lets `factory` make its handler.
+    /// Starts a thread for each worker; on it makes the worker, attaches its queues and sockets,
+    /// and lets `factory` make its handler.
     ///
     /// Returns when all workers are ready; the first of them serve already then.
     ///
     /// # Errors
-    /// A setting out of range; what [`Worker::new`] and [`Worker::attach`] say; [`OpenErrorKind::Factory`] with the words of the factory.
-    /// All workers have ended and all devices are closed then.
+    /// A setting out of range; what [`Worker::new`] and [`Worker::attach`] say;
+    /// [`OpenErrorKind::Factory`] with the words of the factory. All workers have ended and all
+    /// devices are closed then.
     pub fn start<H, F>(self, factory: F) -> Result<Engine<H>, OpenError>
     where
         H: Handler + 'static,
         F: Fn(&mut Seat<'_>) -> Result<H, FactoryError> + Send + Sync + 'static,
     {
         let usable = usable_cores();
-        let count = self.worker_count(usable.len())?;
+        let count = self.worker_count(
+            usable
+                .as_ref()
+                .map_or_else(|_| thread::available_parallelism().map_or(1, usize::from), Vec::len),
+        )?;
         let cores = self.placement.assign(count, &usable)?;
         let handles = (0..count)
             .map(|_| WakeHandle::new())
@@ -219,7 +235,7 @@ impl EngineBuilder {
             let seating = Seating {
                 number,
                 name: thread_name(number, &members),
-                core: cores[number],
+                place: cores[number].clone(),
                 waker: handles[number].clone(),
                 members,
                 settings: Arc::clone(&settings),
@@ -327,7 +343,8 @@ impl EngineBuilder {
     }
 }
 
-/// How the watch asks the queues of a device what became of it: by commands to the workers that have them.
+/// How the watch asks the queues of a device what became of it: by commands to the workers that
+/// have them.
 fn ask_workers<H: Handler + 'static>(workers: Vec<(usize, Sender<Command<H>>)>, shared: &Arc<Shared>) -> Ask {
     /// For one worker that does not come back from its handler.
     const PATIENCE: Duration = Duration::from_millis(500);
@@ -380,7 +397,7 @@ struct Member {
 struct Seating {
     number: usize,
     name: String,
-    core: Option<usize>,
+    place: Place,
     waker: WakeHandle,
     members: Vec<Member>,
     settings: Arc<Settings>,
@@ -404,7 +421,8 @@ fn deal(sources: Vec<Source>, workers: usize) -> Vec<Vec<Member>> {
     dealt
 }
 
-/// At most 15 bytes, which is what the kernel keeps: the first queue's device, cut if need be, and its number.
+/// At most 15 bytes, which is what the kernel keeps: the first queue's device, cut if need be, and
+/// its number.
 fn thread_name(worker: usize, members: &[Member]) -> String {
     const LONGEST: usize = 15;
     let queue = members.iter().find(|member| member.is_device);
@@ -419,6 +437,20 @@ fn thread_name(worker: usize, members: &[Member]) -> String {
     format!("{}{number}", &device[..end]).replace('\0', "")
 }
 
+/// The configuration of a worker with these members: at least two large buffers for each device
+/// with offloads, unless their number is set.
+fn fit(config: &WorkerConfig, members: &[Member]) -> WorkerConfig {
+    let offloads = members
+        .iter()
+        .filter(|member| matches!(&member.endpoint, Endpoint::Queue(queue) if queue.vnet_hdr()))
+        .count();
+    let mut config = config.clone();
+    if config.large_buffers == 0 && 2 * offloads > LARGE_BUFFERS {
+        config.large_buffers = 2 * offloads;
+    }
+    config
+}
+
 type Taken<H> = (WorkerInfo, StatsReader, Thread<H>, H);
 
 impl Seating {
@@ -428,8 +460,9 @@ impl Seating {
         commands: Receiver<Command<H>>,
         factory: &dyn Fn(&mut Seat<'_>) -> Result<H, FactoryError>,
     ) -> Result<Taken<H>, OpenError> {
-        let pin = pin(self.core);
-        let mut worker = Worker::with_waker(&self.settings.config, self.waker)?;
+        let pin = pin(self.place);
+        let config = fit(&self.settings.config, &self.members);
+        let mut worker = Worker::with_waker(&config, self.waker)?;
         let mut ports = Vec::new();
         for member in self.members {
             let id = worker.attach_as(member.endpoint, member.name)?;

@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use core_affinity::CoreId;
-
 use crate::error::{OpenError, OpenErrorKind};
 use crate::sys::cpu;
 
@@ -38,6 +36,12 @@ pub enum Pin {
     },
     /// It was not to be pinned.
     Unpinned,
+    /// It was to be pinned, and the kernel does not say which cores the thread may use; it runs
+    /// wherever the scheduler puts it.
+    Unknown {
+        /// What the kernel says instead.
+        why: String,
+    },
 }
 
 impl fmt::Display for Pin {
@@ -46,29 +50,36 @@ impl fmt::Display for Pin {
             Self::Core(core) => write!(f, "on core {core}"),
             Self::Failed { core, why } => write!(f, "on any core, as core {core} was refused: {why}"),
             Self::Unpinned => f.write_str("on any core"),
+            Self::Unknown { why } => write!(f, "on any core, as the usable ones are not known: {why}"),
         }
     }
 }
 
-/// The cores that the calling thread may use, in rising order.
-pub(super) fn usable_cores() -> Vec<usize> {
-    let mut cores: Vec<usize> = core_affinity::get_core_ids()
-        .unwrap_or_default()
-        .into_iter()
-        .map(|core| core.id)
-        .collect();
-    cores.sort_unstable();
-    cores
+/// The cores that the calling thread may use, in rising order; or why they are not known.
+pub(super) fn usable_cores() -> Result<Vec<usize>, String> {
+    cpu::allowed().map_err(|error| format!("sched_getaffinity: {error}"))
+}
+
+/// Where a worker is to run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    Core(usize),
+    Anywhere,
+    /// The cores are not known.
+    Unknown(String),
 }
 
 impl Placement {
-    /// A core for each worker.
-    pub(super) fn assign(&self, workers: usize, usable: &[usize]) -> Result<Vec<Option<usize>>, OpenError> {
-        let cores = match self {
-            Placement::Unpinned => return Ok(vec![None; workers]),
-            Placement::OnePerCore => usable,
-            Placement::Cores(cores) => {
-                if let Some(core) = cores.iter().find(|core| !usable.contains(core)) {
+    /// A place for each worker.
+    pub(super) fn assign(&self, workers: usize, usable: &Result<Vec<usize>, String>) -> Result<Vec<Place>, OpenError> {
+        let cores = match (self, usable) {
+            (Placement::Unpinned, _) => return Ok(vec![Place::Anywhere; workers]),
+            (Placement::OnePerCore, Err(why)) => return Ok(vec![Place::Unknown(why.clone()); workers]),
+            (Placement::OnePerCore, Ok(usable)) => usable,
+            (Placement::Cores(cores), usable) => {
+                if let Ok(usable) = usable
+                    && let Some(core) = cores.iter().find(|core| !usable.contains(core))
+                {
                     let detail = format!("core {core} is not one of those that this thread may use: {usable:?}");
                     return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "placement", detail));
                 }
@@ -79,29 +90,31 @@ impl Placement {
             let detail = "no core to place workers on; give at least one, or Placement::Unpinned";
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "placement", detail));
         }
-        Ok((0..workers).map(|worker| Some(cores[worker % cores.len()])).collect())
+        Ok((0..workers)
+            .map(|worker| Place::Core(cores[worker % cores.len()]))
+            .collect())
     }
 }
 
-/// Puts the calling thread on `core`, and asks the kernel whether it is there.
-pub(super) fn pin(core: Option<usize>) -> Pin {
-    let Some(core) = core else { return Pin::Unpinned };
-    let asked = core_affinity::set_for_current(CoreId { id: core });
-    match cpu::allowed() {
-        Ok(cores) if cores == [core] => Pin::Core(core),
-        Ok(cores) => Pin::Failed {
+/// Puts the calling thread where it belongs, and asks the kernel whether it is there.
+pub(super) fn pin(place: Place) -> Pin {
+    let core = match place {
+        Place::Core(core) => core,
+        Place::Anywhere => return Pin::Unpinned,
+        Place::Unknown(why) => return Pin::Unknown { why },
+    };
+    let asked = cpu::pin_thread(core);
+    match (cpu::allowed(), asked) {
+        (Ok(cores), _) if cores == [core] => Pin::Core(core),
+        (_, Err(error)) => Pin::Failed {
             core,
-            why: if asked {
-                format!("it may run on {cores:?}")
-            } else {
-                // For the errno, which the crate does not tell.
-                cpu::pin_thread(core).err().map_or_else(
-                    || format!("it may run on {cores:?}"),
-                    |error| format!("sched_setaffinity: {error}"),
-                )
-            },
+            why: format!("sched_setaffinity: {error}"),
         },
-        Err(error) => Pin::Failed {
+        (Ok(cores), Ok(())) => Pin::Failed {
+            core,
+            why: format!("it may run on {cores:?}"),
+        },
+        (Err(error), Ok(())) => Pin::Failed {
             core,
             why: format!("sched_getaffinity: {error}"),
         },
@@ -115,32 +128,45 @@ mod tests {
     #[test]
     fn workers_take_turns_on_the_cores() {
         assert_eq!(
-            Placement::OnePerCore.assign(3, &[4, 7]).unwrap(),
-            [Some(4), Some(7), Some(4)]
+            Placement::OnePerCore.assign(3, &Ok(vec![4, 7])).unwrap(),
+            [4, 7, 4].map(Place::Core)
         );
         assert_eq!(
-            Placement::Cores(vec![7]).assign(2, &[4, 7]).unwrap(),
-            [Some(7), Some(7)]
+            Placement::Cores(vec![7]).assign(2, &Ok(vec![4, 7])).unwrap(),
+            [7, 7].map(Place::Core)
         );
-        assert_eq!(Placement::Unpinned.assign(1, &[]).unwrap(), [None]);
+        assert_eq!(Placement::Unpinned.assign(1, &Ok(vec![])).unwrap(), [Place::Anywhere]);
+        // Not knowing the cores keeps no engine from starting.
+        let unknown = Err("why".to_owned());
+        assert_eq!(
+            Placement::OnePerCore.assign(1, &unknown).unwrap(),
+            [Place::Unknown("why".to_owned())]
+        );
+        assert_eq!(Placement::Cores(vec![7]).assign(1, &unknown).unwrap(), [Place::Core(7)]);
+        assert_eq!(Placement::Unpinned.assign(1, &unknown).unwrap(), [Place::Anywhere]);
     }
 
     #[test]
     fn a_core_out_of_reach_is_refused_by_name() {
-        let error = Placement::Cores(vec![0, 900]).assign(1, &[0, 1]).unwrap_err();
+        let error = Placement::Cores(vec![0, 900]).assign(1, &Ok(vec![0, 1])).unwrap_err();
         assert_eq!(error.kind(), OpenErrorKind::InvalidSetting);
         assert!(error.to_string().contains("900"), "{error}");
-        assert!(Placement::Cores(vec![]).assign(1, &[0]).is_err());
+        assert!(Placement::Cores(vec![]).assign(1, &Ok(vec![0])).is_err());
     }
 
     #[test]
     fn a_pin_is_read_back() {
         std::thread::spawn(|| {
-            let core = *usable_cores().last().expect("this thread runs somewhere");
-            assert_eq!(pin(Some(core)), Pin::Core(core));
-            assert_eq!(pin(None), Pin::Unpinned);
-            assert!(matches!(pin(Some(1023)), Pin::Failed { core: 1023, .. }));
-            assert_eq!(usable_cores(), [core]);
+            let core = *usable_cores()
+                .expect("a mask")
+                .last()
+                .expect("this thread runs somewhere");
+            assert_eq!(pin(Place::Core(core)), Pin::Core(core));
+            assert_eq!(pin(Place::Anywhere), Pin::Unpinned);
+            for core in [1023, 1024, usize::MAX] {
+                assert!(matches!(pin(Place::Core(core)), Pin::Failed { .. }));
+            }
+            assert_eq!(usable_cores(), Ok(vec![core]));
         })
         .join()
         .expect("no panic");

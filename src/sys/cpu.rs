@@ -1,33 +1,53 @@
 //! Placement of threads: sched_setaffinity(2), sched_getaffinity(2).
 
 #[cfg(any(feature = "engine", feature = "lab"))]
-use std::{io, mem};
+use std::io;
+
+/// One word of a CPU mask, as the kernel counts them.
+#[cfg(any(feature = "engine", feature = "lab"))]
+type Word = libc::c_ulong;
+
+/// The masks that are tried: `cpu_set_t` is the first, and no kernel has as many CPUs as the last
+/// holds.
+#[cfg(any(feature = "engine", feature = "lab"))]
+const MASK_BYTES: std::ops::RangeInclusive<u32> = 7..=16;
 
 /// Keeps the calling thread on one CPU.
 #[cfg(any(feature = "engine", feature = "lab"))]
 pub(crate) fn pin_thread(cpu: usize) -> io::Result<()> {
-    if cpu >= libc::CPU_SETSIZE as usize {
+    let bits = Word::BITS as usize;
+    if cpu >= 8 << MASK_BYTES.end() {
         return Err(io::Error::from_raw_os_error(libc::EINVAL));
     }
-    // SAFETY: cpu_set_t is an array of integers, for which all zeroes is a value: the empty set.
-    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-    // SAFETY: the index is below CPU_SETSIZE, checked above, so the bit lies inside the set.
-    unsafe { libc::CPU_SET(cpu, &mut set) };
-    // SAFETY: the kernel reads as many bytes as the set has; 0 names the calling thread.
-    unsafe { super::syscall!(sched_setaffinity(0, mem::size_of::<libc::cpu_set_t>(), &set)) }.map(drop)
+    let mut mask = vec![0 as Word; (cpu / bits + 1).max((1 << MASK_BYTES.start()) / size_of::<Word>())];
+    mask[cpu / bits] = 1 << (cpu % bits);
+    // SAFETY: the kernel reads as many bytes as the mask has; 0 names the calling thread.
+    unsafe { super::syscall!(sched_setaffinity(0, size_of_val(&mask[..]), mask.as_ptr().cast())) }.map(drop)
 }
 
 /// The CPUs that the calling thread may run on, in rising order; at least one.
+///
+/// The kernel refuses a mask that is shorter than all possible CPUs (EINVAL), so it is asked with
+/// longer ones.
 #[cfg(any(feature = "engine", feature = "lab"))]
 pub(crate) fn allowed() -> io::Result<Vec<usize>> {
-    // SAFETY: cpu_set_t is an array of integers, for which all zeroes is a value: the empty set.
-    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-    // SAFETY: the kernel writes at most as many bytes as the set has; 0 names the calling thread.
-    unsafe { super::syscall!(sched_getaffinity(0, mem::size_of::<libc::cpu_set_t>(), &mut set)) }?;
-    // SAFETY: the index is below CPU_SETSIZE, so the bit lies inside the set.
-    Ok((0..libc::CPU_SETSIZE as usize)
-        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
-        .collect())
+    let mut refusal = io::Error::from_raw_os_error(libc::EINVAL);
+    for power in MASK_BYTES {
+        let mut mask = vec![0 as Word; (1 << power) / size_of::<Word>()];
+        // SAFETY: the kernel writes at most as many bytes as the mask has; 0 names the calling
+        // thread.
+        match unsafe { super::syscall!(sched_getaffinity(0, size_of_val(&mask[..]), mask.as_mut_ptr().cast())) } {
+            Ok(_) => {
+                let bits = Word::BITS as usize;
+                return Ok((0..mask.len() * bits)
+                    .filter(|cpu| mask[cpu / bits] >> (cpu % bits) & 1 == 1)
+                    .collect());
+            }
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refusal = error,
+            Err(error) => return Err(error),
+        }
+    }
+    Err(refusal)
 }
 
 /// Keeps the calling thread's timers from being late for the sake of saving power; gives the old setting back at the end. prctl(2).
@@ -70,7 +90,10 @@ mod tests {
             let last = *allowed()?.last().expect("this thread runs somewhere");
             pin_thread(last)?;
             assert_eq!(allowed()?, [last]);
-            assert!(pin_thread(libc::CPU_SETSIZE as usize).is_err());
+            // Beyond what cpu_set_t holds, and beyond what any kernel has.
+            for cpu in [libc::CPU_SETSIZE as usize, 100_000, 8 << 16, usize::MAX] {
+                assert_eq!(pin_thread(cpu).unwrap_err().raw_os_error(), Some(libc::EINVAL));
+            }
             io::Result::Ok(())
         };
         std::thread::spawn(run).join().expect("no panic").expect("no error");

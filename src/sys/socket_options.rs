@@ -3,6 +3,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use super::forked::Origin;
 use super::syscall;
 
 pub(crate) const SOL_UDP: libc::c_int = 17; // linux/socket.h; IPPROTO_UDP
@@ -12,6 +13,13 @@ pub(crate) const UDP_GRO: libc::c_int = 104;
 
 /// Datagrams that are looked through at most when a socket has to be emptied.
 const MOST_QUEUED: u64 = 4096;
+
+/// Sets an option of a socket, under the names that its errors have.
+macro_rules! set {
+    ($options:ident, $name:literal, $($setting:expr),*) => {
+        $options.set([concat!("getsockopt(", $name, ")"), concat!("setsockopt(", $name, ")")], $($setting),*)
+    };
+}
 
 /// Why a socket cannot be a port.
 pub(crate) enum Unfit {
@@ -26,7 +34,7 @@ pub(crate) enum Unfit {
 pub(crate) struct SocketOptions {
     fd: RawFd,
     /// A forked child shares the socket with its parent, which goes on using it.
-    process: u32,
+    process: Origin,
     /// Level, option, value before.
     changed: Vec<(libc::c_int, libc::c_int, libc::c_int)>,
     /// It is bound to all addresses, and each datagram comes with the one that it was sent to.
@@ -40,29 +48,36 @@ impl SocketOptions {
     /// if it is bound to all addresses, each comes with the one that it was sent to. The descriptor
     /// stays open as long as the result lives.
     pub(crate) fn prepare(fd: RawFd) -> Result<Self, Unfit> {
-        let kind = get_int(fd, libc::SOL_SOCKET, libc::SO_TYPE).map_err(|error| Unfit::Refused("SO_TYPE", error))?;
+        let kind = get_int(fd, libc::SOL_SOCKET, libc::SO_TYPE)
+            .map_err(|error| Unfit::Refused("getsockopt(SO_TYPE)", error))?;
         if kind != libc::SOCK_DGRAM {
             return Err(Unfit::Stream);
         }
         let mut options = Self {
             fd,
-            process: std::process::id(),
+            process: Origin::here(),
             changed: Vec::new(),
             wildcard: false,
             dropped: 0,
         };
-        options.set("UDP_CORK", SOL_UDP, UDP_CORK, 0)?;
-        options.set("UDP_SEGMENT", SOL_UDP, UDP_SEGMENT, 0)?;
-        if options.set("UDP_GRO", SOL_UDP, UDP_GRO, 0)? {
+        set!(options, "UDP_CORK", SOL_UDP, UDP_CORK, 0)?;
+        set!(options, "UDP_SEGMENT", SOL_UDP, UDP_SEGMENT, 0)?;
+        if set!(options, "UDP_GRO", SOL_UDP, UDP_GRO, 0)? {
             options.dropped = discard(fd);
         }
         match wildcard_family(fd).map_err(|error| Unfit::Refused("getsockname", error))? {
-            libc::AF_INET => options.set("IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?,
+            libc::AF_INET => set!(options, "IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?,
             libc::AF_INET6 => {
-                options.set("IPV6_RECVPKTINFO", libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
+                set!(
+                    options,
+                    "IPV6_RECVPKTINFO",
+                    libc::IPPROTO_IPV6,
+                    libc::IPV6_RECVPKTINFO,
+                    1
+                )?;
                 // Of datagrams over IPv4, this one says the address even where they were sent to a
                 // group or by broadcast.
-                options.set("IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?
+                set!(options, "IP_PKTINFO", libc::IPPROTO_IP, libc::IP_PKTINFO, 1)?
             }
             _ => return Ok(options),
         };
@@ -74,7 +89,7 @@ impl SocketOptions {
     /// family that does not know it needs none.
     fn set(
         &mut self,
-        name: &'static str,
+        [get, set]: [&'static str; 2],
         level: libc::c_int,
         option: libc::c_int,
         value: libc::c_int,
@@ -84,12 +99,12 @@ impl SocketOptions {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP)) => {
                 return Ok(false);
             }
-            Err(error) => return Err(Unfit::Refused(name, error)),
+            Err(error) => return Err(Unfit::Refused(get, error)),
         };
         if before == value {
             return Ok(false);
         }
-        set_int(self.fd, level, option, value).map_err(|error| Unfit::Refused(name, error))?;
+        set_int(self.fd, level, option, value).map_err(|error| Unfit::Refused(set, error))?;
         self.changed.push((level, option, before));
         Ok(true)
     }
@@ -108,7 +123,7 @@ impl SocketOptions {
 
 impl Drop for SocketOptions {
     fn drop(&mut self) {
-        if self.process != std::process::id() {
+        if !self.process.is_here() {
             return;
         }
         for &(level, option, before) in self.changed.iter().rev() {

@@ -24,13 +24,16 @@ pub struct WorkerConfig {
     /// Bytes of the longest packet, link header included, that an ordinary buffer must hold.
     pub max_packet: usize,
     /// Buffers for superpackets and for packets beyond `max_packet`, up to 64 KiB each. 0, the default: none until a port needs them, as that of a
-    /// device with offloads or a longer MTU does, and 128 from then on.
+    /// device with offloads or a longer MTU does, and 128 from then on; in an engine, two for each
+    /// queue with offloads if that is more.
     pub large_buffers: usize,
     /// Bytes that can be prepended to a packet as it was received. At least 64; rounded up so that packets begin on a cache line.
     pub headroom: usize,
     /// Bytes that can be appended to a packet of the greatest length.
     pub tailroom: usize,
-    /// Buffers that each port can always receive into, whatever is held or stuck elsewhere.
+    /// Buffers that each port can always receive into, whatever is held or stuck elsewhere. With
+    /// more ports than `buffers` suffice for, each has fewer: all ports together are promised at
+    /// most half of the buffers then. 256 ports fit the default of 1024 buffers.
     pub receive_reserve: usize,
     /// What to do while there is nothing to do.
     pub wait: Wait,
@@ -88,7 +91,7 @@ impl WorkerConfig {
 }
 
 /// Large buffers, where the configuration leaves it open.
-const LARGE_BUFFERS: usize = 128;
+pub(crate) const LARGE_BUFFERS: usize = 128;
 /// Entries of the submission queue. A burst never has more.
 pub(super) const RING_ENTRIES: u32 = 128;
 /// Ports that a worker can have: the size of its table of registered files.

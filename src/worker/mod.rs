@@ -26,6 +26,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
+#[cfg(feature = "engine")]
+pub(crate) use config::LARGE_BUFFERS;
 pub use config::{Backend, BackendReport, MemoryBudget, Wait, WorkerConfig};
 pub use handoff::{Handoff, HandoffCounters, HandoffEnd};
 pub use outgoing::Superpackets;
