@@ -274,7 +274,9 @@ fn echoes(backend: Backend) {
         })
         .unwrap();
     let client = UdpSocket::bind((HERE, 0)).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
+        .unwrap();
     client.connect((THERE, 7)).unwrap();
     for number in 0..200u32 {
         client.send(&number.to_be_bytes()).unwrap();
@@ -932,7 +934,9 @@ fn sockets(backend: Backend) {
         })
         .unwrap();
     let client = UdpSocket::bind("127.0.0.1:0").unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
+        .unwrap();
     for address in &addresses {
         client.send_to(b"hello", address).unwrap();
         let mut answer = [0; 16];
@@ -1531,7 +1535,9 @@ fn ping_pong(backend: Backend) {
         })
         .unwrap();
     let client = UdpSocket::bind((HERE, 0)).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
+        .unwrap();
     client.connect((THERE, 7)).unwrap();
     for number in 0..TRIPS {
         client.send(&number.to_be_bytes()).unwrap();

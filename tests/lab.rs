@@ -348,7 +348,9 @@ fn veth_between_namespaces() {
 
     for (bound, target) in [("10.0.0.2:5000", "10.0.0.1:0"), ("[fd00::2]:5000", "[fd00::1]:0")] {
         let receiver = other.run(|| UdpSocket::bind(bound).unwrap()).unwrap();
-        receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        receiver
+            .set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+            .unwrap();
         let sender = UdpSocket::bind(target).unwrap();
         let before = netlink.stats(near).unwrap();
         assert_eq!(sender.send_to(&[7; 100], bound).unwrap(), 100);

@@ -1309,7 +1309,9 @@ fn tap(backend: Backend) {
 
 fn loopback(family: &str) -> UdpSocket {
     let socket = UdpSocket::bind(if family == "v4" { "127.0.0.1:0" } else { "[::1]:0" }).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
+        .unwrap();
     socket
 }
 
@@ -1432,7 +1434,9 @@ fn udp_refused_by_icmp(backend: Backend) {
     receive(&mut worker, port, &mut batch, 1).unwrap();
     assert_eq!(batch[0][..], *b"now I am");
     assert_eq!(worker.send_many(port, &mut batch).accepted, 1);
-    present.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    present
+        .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
+        .unwrap();
     assert_eq!(present.recv(&mut [0; 32]).unwrap(), 8);
     // And nothing is left that wait would spin on.
     let wake = worker.wait(soon()).unwrap();

@@ -169,7 +169,9 @@ fn write_to(engine: &Engine<Logging>, queue: usize, far: SocketAddr, near: Socke
 
 fn client() -> UdpSocket {
     let client = UdpSocket::bind((HERE, 0)).unwrap();
-    client.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    client
+        .set_read_timeout(Some(Duration::from_secs(20) * common::slowness()))
+        .unwrap();
     client
 }
 
@@ -218,7 +220,9 @@ fn tcp() {
     let server = thread::spawn(move || {
         for _ in 0..CONNECTIONS {
             let (mut stream, _) = listener.accept().unwrap();
-            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            stream
+                .set_read_timeout(Some(Duration::from_secs(20) * common::slowness()))
+                .unwrap();
             let mut got = vec![0; BYTES];
             stream.read_exact(&mut got).unwrap();
             stream.write_all(&got).unwrap();
@@ -226,7 +230,9 @@ fn tcp() {
     });
     for connection in 0..CONNECTIONS {
         let mut stream = TcpStream::connect(address).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(20) * common::slowness()))
+            .unwrap();
         let sent: Vec<u8> = (0..BYTES).map(|at| (at * 7 + connection) as u8).collect();
         stream.write_all(&sent).unwrap();
         let mut got = vec![0; BYTES];

@@ -274,6 +274,8 @@ fn hash(bytes: &[u8]) -> u64 {
 
 /// Sends `len` bytes over TCP both ways at the same time; what arrives has to be what was sent.
 fn transfer(wire: &Wire, to: IpAddr, len: usize) {
+    // Less on a slow machine, but enough for superpackets to come.
+    let len = len / common::slowness().min(3) as usize;
     let (tell, told) = mpsc::channel();
     thread::scope(|scope| {
         let server = scope.spawn(|| {
@@ -295,7 +297,9 @@ fn transfer(wire: &Wire, to: IpAddr, len: usize) {
 }
 
 fn talk(stream: TcpStream, len: usize, seed: u64) -> u64 {
-    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    stream
+        .set_read_timeout(Some(Duration::from_secs(20) * common::slowness()))
+        .unwrap();
     let mut writer = stream.try_clone().unwrap();
     let sender = thread::spawn(move || writer.write_all(&pattern(len, seed)).unwrap());
     let mut received = vec![0; len];
@@ -634,7 +638,9 @@ fn changed_after_the_kernels_verdict(backend: Backend) {
     let receiver = far
         .run(|| {
             let socket = UdpSocket::bind((RIGHT, 0)).unwrap();
-            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            socket
+                .set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+                .unwrap();
             // The source lies behind another device.
             let netlink = Handle::new().unwrap();
             let index = netlink.index_of("far").unwrap();
@@ -891,7 +897,9 @@ fn datagrams(wire: &Wire, to: IpAddr, gro: bool) {
                         option(&socket, UDP, UDP_GRO, 1);
                     }
                     option(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER);
-                    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+                    socket
+                        .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
+                        .unwrap();
                     tell.send(socket.local_addr().unwrap()).unwrap();
                     let (mut buffer, mut bytes) = (vec![0; 70_000], Vec::new());
                     while bytes.len() < GROUPS * (40_000 + 77) {
@@ -1144,7 +1152,9 @@ fn into_a_socket(backend: Backend) {
     .unwrap();
     Handle::new().unwrap().set_up(1, true).unwrap();
     let receiver = UdpSocket::bind("127.0.0.1:0").unwrap();
-    receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    receiver
+        .set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+        .unwrap();
     let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
     sender.connect(receiver.local_addr().unwrap()).unwrap();
     let port = worker.attach(sender).unwrap();
@@ -1178,7 +1188,9 @@ fn receiver() -> UdpSocket {
     need_receive_buffer(RECEIVE_BUFFER as u64);
     let receiver = UdpSocket::bind((LEFT, 0)).unwrap();
     option(&receiver, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, RECEIVE_BUFFER);
-    receiver.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    receiver
+        .set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+        .unwrap();
     receiver
 }
 

@@ -786,7 +786,8 @@ fn pair() -> (UdpSocket, UdpSocket) {
     let (a, b) = (bind(), bind());
     a.connect(b.local_addr().unwrap()).unwrap();
     b.connect(a.local_addr().unwrap()).unwrap();
-    b.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    b.set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+        .unwrap();
     (a, b)
 }
 
@@ -918,7 +919,9 @@ fn other_options(backend: Backend) {
     ] {
         set_option(&socket, libc::IPPROTO_IP, option, 1).unwrap();
     }
-    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(1) * common::slowness()))
+        .unwrap();
     let port = worker.attach(socket).unwrap();
     let mut batch = Batch::with_capacity(64);
     for round in 0..10 {

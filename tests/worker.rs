@@ -405,7 +405,8 @@ fn encapsulates(backend: Backend) {
     );
     near.connect(far.local_addr().unwrap()).unwrap();
     far.connect(near.local_addr().unwrap()).unwrap();
-    far.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    far.set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+        .unwrap();
     let udp = worker.attach(near).unwrap();
     let mut catcher = Catcher::bind((HERE, 5000).into()).unwrap();
     let mut tracker = Tracker::new(1);
@@ -465,7 +466,9 @@ fn datagrams(backend: Backend) {
         let others: Vec<UdpSocket> = (0..3).map(|_| UdpSocket::bind(address).unwrap()).collect();
         let mut batch = Batch::with_capacity(64);
         for (number, other) in others.iter().enumerate() {
-            other.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            other
+                .set_read_timeout(Some(Duration::from_secs(5) * common::slowness()))
+                .unwrap();
             other.send_to(&[number as u8; 5], here).unwrap();
         }
         others[0].send_to(&[7; 4000], here).unwrap();

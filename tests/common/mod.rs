@@ -22,6 +22,7 @@
 //! - A trial that outlasts its bound fails by name; its thread is left behind.
 //! - If no namespace can be had, all trials are ignored with the reason; `TUN_DRIVER_REQUIRE_NETNS=1` makes that a failure.
 //! - `TUN_DRIVER_SLOWNESS=5` makes the bounds five times as long.
+//! - `TUN_DRIVER_ANNOUNCE=1` prints a line as a trial begins, so that a log shows which one was running.
 //! - `TUN_DRIVER_REQUIRE_ALL=1` makes each [`skip`] a failure.
 //! - `TUN_DRIVER_LONG=1` raises [`repeats`] to the counts of a long run; bounds grow with them.
 #![allow(dead_code, unreachable_pub)] // each test file uses its share
@@ -234,6 +235,9 @@ pub fn need_program(program: &str, package: &str) {
 struct Skip(String);
 
 fn run_one(trial: Trial) -> Result<Completion, Failed> {
+    if is_set("TUN_DRIVER_ANNOUNCE") {
+        eprintln!("running: {}", trial.name);
+    }
     let (sender, receiver) = mpsc::channel();
     let work = trial.work;
     thread::Builder::new()

@@ -199,7 +199,7 @@ pub fn socket_behind(index: u32) -> UdpSocket {
     netlink.set_up(index, true).expect("up");
     let socket = UdpSocket::bind((Ipv4Addr::new(198, 18, 0, 1), 0)).expect("a socket");
     socket
-        .set_read_timeout(Some(Duration::from_secs(2)))
+        .set_read_timeout(Some(Duration::from_secs(2) * crate::common::slowness()))
         .expect("a timeout");
     socket
 }
