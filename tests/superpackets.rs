@@ -611,7 +611,8 @@ fn changed_after_the_verdict(backend: Backend) {
 /// forwarded to a device with offloads (VIRTIO_NET_HDR_F_DATA_VALID).
 fn changed_after_the_kernels_verdict(backend: Backend) {
     const SOURCE: Ipv4Addr = Ipv4Addr::new(198, 18, 1, 2);
-    let changes: [(&str, fn(&Worker, PacketBuf) -> PacketBuf); 3] = [
+    type Change = fn(&Worker, PacketBuf) -> PacketBuf;
+    let changes: [(&str, Change); 3] = [
         ("written", |_, mut packet| {
             packet[100] ^= 1;
             packet
