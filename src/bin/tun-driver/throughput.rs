@@ -249,7 +249,7 @@ const WAITS: [(&str, Wait); 3] = [
 
 /// A search that took longer than so many of its long trials ends with what it has. On a quiet machine it takes eight or
 /// so; one that always loses packets by chance takes many.
-const PATIENCE: u32 = 60;
+const PATIENCE: u32 = 100;
 
 /// The bounds of a search are this near: searches of one machine differ by more.
 const RESOLUTION: f64 = 0.01;

@@ -158,7 +158,7 @@ impl Default for Settings {
             short: Duration::from_millis(250),
             resolution: 0.005,
             confirmations: 2,
-            most_trials: 100,
+            most_trials: 150,
         }
     }
 }
@@ -590,6 +590,50 @@ mod tests {
             "{bounds:?}"
         );
         assert!(bounds.complete, "{bounds:?}");
+    }
+
+    #[test]
+    fn a_device_whose_losses_are_a_matter_of_luck_still_gets_its_bounds() {
+        let mut state = 1u64;
+        let mut luck = move || {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f64 / (1u64 << 24) as f64
+        };
+        let settings = Settings {
+            resolution: 0.01,
+            ..Settings::default()
+        };
+        // From never to always over a range that is so many times as wide as the rate in its middle.
+        for wide in [0.1, 0.3, 1.0, 2.0] {
+            let mut start = 300_000.0;
+            let mut trials = Vec::new();
+            for _ in 0..250 {
+                let mut search = Search::new(&settings, &GOALS, 1e6).starting_at(start);
+                let chance = |rate: f64| (rate / 300_000.0).ln() / wide + 0.5;
+                let bounds = run(
+                    &mut search,
+                    |rate| {
+                        if luck() < chance(rate) {
+                            0.001 + 0.01 * luck()
+                        } else {
+                            0.0
+                        }
+                    },
+                    |rate| rate,
+                );
+                assert!(bounds.iter().all(|bounds| bounds.complete), "{wide}: {bounds:?}");
+                trials.push(search.trials());
+                start = bounds[0].lower.unwrap_or(start);
+            }
+            trials.sort_unstable();
+            assert!(
+                trials[125] <= 30,
+                "{wide}: half of the searches take {} trials",
+                trials[125]
+            );
+        }
     }
 
     #[test]
