@@ -2,7 +2,10 @@
 
 mod common;
 
+use std::io::{Read, Write};
 use std::net::Ipv4Addr;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -19,11 +22,14 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     for backend in [Backend::IoUring, Backend::Syscalls] {
         let long = Duration::from_secs(150);
-        let cycles = trial(
-            format!("1,000 times made and dropped, nothing is left {backend:?}"),
-            move || cycles(backend),
-        );
-        trials.push(cycles.alone().bound(long));
+        // T31
+        for (queues, short) in [(1, 1_000), (2, 100), (8, 50)] {
+            let name = format!("{short} times made and dropped with {queues} queues, nothing is left {backend:?}");
+            let times = common::repeats(short, 10_000);
+            trials.push(trial(name, move || cycles(backend, queues, times)).alone().bound(long));
+        }
+        let name = format!("a read ended under traffic brings its packet, or leaves it {backend:?}");
+        trials.push(trial(name, move || ended_reads(backend)));
         trials.push(trial(format!("changed under load {backend:?}"), move || {
             changed(backend)
         }));
@@ -36,11 +42,31 @@ fn main() {
         trials.push(trial(format!("deleted under load {backend:?}"), move || {
             deleted(backend)
         }));
+        let name = format!("a forked child drops a worker, and the parent goes on {backend:?}");
+        trials.push(trial(name, move || forks(backend)).alone());
+        let name = format!("a forked child drops an engine, and the parent goes on {backend:?}");
+        trials.push(trial(name, move || fork_of_an_engine(backend)).alone());
+        let name = format!("signals at 10 kHz end no call and lose nothing {backend:?}");
+        trials.push(trial(name, move || under_signals(backend)));
     }
     for errno in [libc::EPERM, libc::ENOSYS] {
         let name = format!("io_uring refused with errno {errno}: system calls serve, and it is told");
         trials.push(trial(name, move || refused(errno)));
     }
+    // T28
+    let name = "one io_uring call refused: system calls serve, and the call is named";
+    trials.push(trial(name, one_call_refused));
+    trials.push(
+        trial(
+            "entering a ring refused: the tests of the other backend pass",
+            refused_suite,
+        )
+        .bound(Duration::from_secs(400)),
+    );
+    let name = "a queue's number that names something else now is not read or written";
+    trials.push(trial(name, closed_behind_its_back));
+    let name = "100 workers, one after another on a thread, each with a registered ring";
+    trials.push(trial(name, many_workers_on_a_thread));
     trials.push(
         trial(
             "a worker takes the memory that its configuration says",
@@ -68,17 +94,28 @@ fn driven(backend: Backend) -> (SinglePort, u32) {
     (device.into_queues().remove(0).drive(&config(backend)).unwrap(), index)
 }
 
-fn cycles(backend: Backend) {
+fn cycles(backend: Backend, queues: u32, times: usize) {
     need_backend(backend);
     let mut batch = Batch::with_capacity(64);
     let mut cycle = || {
         // The same name at once: the one before must be gone, or this is EBUSY.
-        let (mut port, index) = driven(backend);
+        let device = Builder::new("t0", Mode::Tun)
+            .queues(queues as usize)
+            .address(HERE, 24)
+            .up(true);
+        let device = device.open().unwrap();
+        let index = device.index().unwrap();
+        let mut worker = Worker::new(&config(backend)).unwrap();
+        for queue in device.into_queues() {
+            worker.attach(queue).unwrap();
+        }
         Filler::new(index, THERE.into(), 1).unwrap().fill(3, 64).unwrap();
-        port.recv_many(&mut batch).unwrap();
-        port.wait(Some(Instant::now())).unwrap(); // a read is armed
+        worker.wait(None).unwrap();
+        let port = worker.next_ready().unwrap();
+        worker.recv_many(port, &mut batch).unwrap();
+        worker.wait(Some(Instant::now())).unwrap(); // reads are armed
         batch.clear();
-        drop(port);
+        drop(worker);
         drop(Iface::without_packet_info("t0", Mode::Tun).unwrap());
     };
     (0..50).for_each(|_| cycle());
@@ -87,7 +124,7 @@ fn cycles(backend: Backend) {
         process::threads().unwrap().len(),
         process::memory().unwrap(),
     );
-    (0..1_000).for_each(|_| cycle());
+    (0..times).for_each(|_| cycle());
     assert_eq!(process::open_descriptors().unwrap(), descriptors);
     assert_eq!(process::threads().unwrap().len(), threads);
     // The kernel takes its time with pinned pages.
@@ -99,6 +136,92 @@ fn cycles(backend: Backend) {
     assert!(after.pinned <= memory.pinned, "{after:?} {memory:?}");
     assert!(after.resident <= memory.resident + (4 << 20), "{after:?} {memory:?}");
     assert_eq!(leaked_arenas(), 0);
+}
+
+// T2
+fn ended_reads(backend: Backend) {
+    need_backend(backend);
+    let times = common::repeats(300, 10_000);
+    let device = Builder::new("t0", Mode::Tun).address(HERE, 24).up(true).open().unwrap();
+    let index = device.index().unwrap();
+    let mut queue = Some(device.into_queues().remove(0));
+    let netns = Namespace::current().unwrap();
+    let mut worker = Worker::new(&config(backend)).unwrap();
+    let mut batch = Batch::with_capacity(64);
+    let (mut filled, mut received, mut undelivered) = (0, 0, 0);
+    thread::scope(|scope| {
+        let (ask, asked) = std::sync::mpsc::channel::<usize>();
+        let (say, said) = std::sync::mpsc::channel();
+        scope.spawn(|| {
+            netns.run(move || {
+                let mut filler = Filler::new(index, THERE.into(), 1).unwrap();
+                for count in asked {
+                    filler.fill(count as u64, 64).unwrap();
+                    say.send(()).unwrap();
+                }
+            })
+        });
+        for round in 0..times {
+            let port = worker.attach(queue.take().unwrap()).unwrap();
+            worker.wait(Some(Instant::now())).unwrap(); // a read is armed
+            // It ends while packets come.
+            let count = 1 + round % 40;
+            ask.send(count).unwrap();
+            filled += count;
+            if round % 3 == 0 {
+                received += worker.try_recv_many(port, &mut batch).unwrap();
+                batch.clear();
+            }
+            let detached = worker.detach(port).unwrap();
+            undelivered += detached.undelivered.len();
+            queue = detached.endpoint.into_queue();
+            said.recv().unwrap();
+            // Fewer than the device's queue holds, so that it drops none.
+            if round % 10 == 9 || round + 1 == times {
+                let port = worker.attach(queue.take().unwrap()).unwrap();
+                while received + undelivered < filled {
+                    received += worker.recv_many(port, &mut batch).unwrap();
+                    batch.clear();
+                }
+                assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
+                queue = worker.detach(port).unwrap().endpoint.into_queue();
+            }
+        }
+        drop(ask);
+    });
+    assert_eq!(received + undelivered, filled);
+    let (free, all) = worker.buffers();
+    assert_eq!(free, all);
+}
+
+// T4
+fn closed_behind_its_back() {
+    need_backend(Backend::IoUring);
+    const SENTINEL: [u8; 64] = [0xc3; 64];
+    for _ in 0..common::repeats(200, 10_000) {
+        let (mut port, index) = driven(Backend::IoUring);
+        port.wait(Some(Instant::now())).unwrap(); // a read is armed
+        let (mut near, mut far) = UnixStream::pair().unwrap();
+        far.write_all(&SENTINEL).unwrap();
+        let number = port.worker().queue(port.id()).unwrap().as_raw_fd();
+        // SAFETY: the number stays open; what it names now is closed by the queue's end.
+        assert_eq!(unsafe { libc::dup2(near.as_raw_fd(), number) }, number);
+        // The ring goes on with the queue, which it holds, and with nothing else.
+        Filler::new(index, THERE.into(), 1).unwrap().fill(5, 64).unwrap();
+        let mut batch = Batch::with_capacity(64);
+        let mut got = 0;
+        while got < 5 {
+            got += port.recv_many(&mut batch).unwrap();
+        }
+        assert_eq!(port.send_many(&mut batch).accepted, 5);
+        port.wait(Some(Instant::now())).unwrap(); // armed again
+        drop(port);
+        let mut bytes = [0; SENTINEL.len()];
+        near.read_exact(&mut bytes).unwrap();
+        assert_eq!(bytes, SENTINEL);
+        drop(near);
+        assert_eq!(far.read(&mut bytes).unwrap(), 0, "something was written");
+    }
 }
 
 /// Runs `act` a number of times beside a flood to the device, while the worker receives and sends; nothing may panic, hang or end.
@@ -317,28 +440,34 @@ fn refused(errno: i32) {
 }
 
 fn refuse_ring(errno: i32) {
+    refuse(libc::SYS_io_uring_setup, None, errno);
+}
+
+/// Installs a seccomp filter on this thread that answers a system call with `errno`: every one, or
+/// those whose second argument, the operation of io_uring_register, is `operation`.
+fn refuse(call: i64, operation: Option<u32>, errno: i32) {
     let step = |code: u32, jt, jf, k| libc::sock_filter {
         code: code as u16,
         jt,
         jf,
         k,
     };
-    let mut filter = [
-        step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0), // the system call's number
-        step(
-            libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
-            0,
-            1,
-            libc::SYS_io_uring_setup as u32,
-        ),
-        step(
-            libc::BPF_RET | libc::BPF_K,
-            0,
-            0,
-            libc::SECCOMP_RET_ERRNO | errno as u32,
-        ),
-        step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
+    let (load, equals, give) = (
+        libc::BPF_LD | libc::BPF_W | libc::BPF_ABS,
+        libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+        libc::BPF_RET | libc::BPF_K,
+    );
+    // `struct seccomp_data`: the number, 12 bytes on, and the arguments of 8 bytes each.
+    const SECOND_ARGUMENT: u32 = if cfg!(target_endian = "little") { 24 } else { 28 };
+    let mut filter = vec![step(load, 0, 0, 0), step(equals, 0, 1, call as u32)];
+    if let Some(operation) = operation {
+        filter[1].jf = 3;
+        filter.extend([step(load, 0, 0, SECOND_ARGUMENT), step(equals, 0, 1, operation)]);
+    }
+    filter.extend([
+        step(give, 0, 0, libc::SECCOMP_RET_ERRNO | errno as u32),
+        step(give, 0, 0, libc::SECCOMP_RET_ALLOW),
+    ]);
     let program = libc::sock_fprog {
         len: filter.len() as u16,
         filter: filter.as_mut_ptr(),
@@ -351,6 +480,323 @@ fn refuse_ring(errno: i32) {
             0
         );
     }
+}
+
+/// The system calls of io_uring that a worker makes, and the operations of io_uring_register.
+const CALLS: [(&str, i64, Option<u32>); 12] = [
+    ("io_uring_setup", libc::SYS_io_uring_setup, None),
+    ("io_uring_enter", libc::SYS_io_uring_enter, None),
+    ("io_uring_register", libc::SYS_io_uring_register, None),
+    ("UNREGISTER_BUFFERS", libc::SYS_io_uring_register, Some(1)),
+    ("FILES", libc::SYS_io_uring_register, Some(2)),
+    ("UNREGISTER_FILES", libc::SYS_io_uring_register, Some(3)),
+    ("FILES_UPDATE", libc::SYS_io_uring_register, Some(6)),
+    ("PROBE", libc::SYS_io_uring_register, Some(8)),
+    ("BUFFERS2", libc::SYS_io_uring_register, Some(15)),
+    ("BUFFERS_UPDATE", libc::SYS_io_uring_register, Some(16)),
+    ("RING_FDS", libc::SYS_io_uring_register, Some(20)),
+    ("SYNC_CANCEL", libc::SYS_io_uring_register, Some(24)),
+];
+
+/// Half a sandbox: one call is refused, and all others are there.
+fn one_call_refused() {
+    need_backend(Backend::IoUring);
+    for (name, call, operation) in CALLS {
+        for errno in [libc::EPERM, libc::ENOSYS, libc::EACCES] {
+            thread::spawn(move || {
+                refuse(call, operation, errno);
+                let forced = Worker::new(&config(Backend::IoUring)).unwrap_err();
+                assert_eq!(forced.kind(), OpenErrorKind::IoUring, "{name}: {forced}");
+                assert_eq!(forced.raw_os_error(), Some(errno), "{name}: {forced}");
+                assert!(forced.call().contains(name), "{name}: {forced}");
+                let device = Builder::new("", Mode::Tun).address(HERE, 24).up(true).open().unwrap();
+                let index = device.index().unwrap();
+                let queue = device.into_queues().remove(0);
+                let mut port = queue.drive(&WorkerConfig::default()).unwrap();
+                let report = port.worker().backend();
+                assert_eq!(report.backend, Backend::Syscalls, "{name}");
+                assert!(report.why.contains(name), "{name}: {}", report.why);
+                Filler::new(index, THERE.into(), 1).unwrap().fill(5, 64).unwrap();
+                let mut batch = Batch::with_capacity(64);
+                assert_eq!(port.recv_many(&mut batch), Ok(5), "{name}");
+                let sent = port.send_many(&mut batch);
+                assert_eq!((sent.accepted, sent.stopped), (5, None), "{name}");
+            })
+            .join()
+            .unwrap();
+        }
+    }
+}
+
+/// Runs what workers and engines promise of the system-call backend in processes that may not enter a
+/// ring: they inherit the filter of this thread.
+fn refused_suite() {
+    need_backend(Backend::IoUring);
+    for file in ["worker", "ports", "engine", "handoff"] {
+        let Some(program) = sibling(file) else {
+            common::skip(format!("the tests of {file} are not built"));
+        };
+        let output = thread::spawn(move || {
+            refuse(libc::SYS_io_uring_enter, None, libc::EPERM);
+            std::process::Command::new(program)
+                .args(["Syscalls", "--skip", "an idle worker"])
+                .output()
+                .unwrap()
+        })
+        .join()
+        .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{file}: {said}");
+    }
+}
+
+/// The newest program of another test file.
+fn sibling(file: &str) -> Option<std::path::PathBuf> {
+    let folder = std::env::current_exe().ok()?.parent()?.to_owned();
+    let programs = std::fs::read_dir(folder).ok()?.flatten().filter(|entry| {
+        let name = entry.file_name();
+        let name = name.to_string_lossy();
+        let hash = name.strip_prefix(file).and_then(|rest| rest.strip_prefix('-'));
+        hash.is_some_and(|hash| hash.bytes().all(|byte| byte.is_ascii_hexdigit()))
+    });
+    programs
+        .max_by_key(|entry| entry.metadata().and_then(|data| data.modified()).ok())
+        .map(|entry| entry.path())
+}
+
+/// The kernel has 16 places for a thread's rings.
+fn many_workers_on_a_thread() {
+    need_backend(Backend::IoUring);
+    for round in 0..100 {
+        let worker = Worker::new(&config(Backend::IoUring)).unwrap();
+        assert!(worker.backend().registered_ring, "worker {round}");
+    }
+}
+
+/// Runs `child` in a forked child, and checks that it ends well.
+fn in_a_child(child: impl FnOnce()) {
+    // SAFETY: the child runs on this thread alone; it allocates, which glibc allows after a fork, and
+    // ends by _exit.
+    match unsafe { libc::fork() } {
+        -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+        0 => {
+            let ended = catch_unwind(AssertUnwindSafe(child));
+            // SAFETY: it ends the child at once.
+            unsafe { libc::_exit(i32::from(ended.is_err())) }
+        }
+        pid => {
+            let deadline = Instant::now() + Duration::from_secs(30);
+            let mut status = 0;
+            // SAFETY: both calls are about the child made above, which is waited for once.
+            unsafe {
+                while libc::waitpid(pid, &raw mut status, libc::WNOHANG) == 0 {
+                    if Instant::now() > deadline {
+                        libc::kill(pid, libc::SIGKILL);
+                        libc::waitpid(pid, &raw mut status, 0);
+                        panic!("the child hangs");
+                    }
+                    thread::sleep(Duration::from_micros(200));
+                }
+            }
+            assert_eq!(status, 0, "the child's status");
+        }
+    }
+}
+
+// T25
+fn forks(backend: Backend) {
+    need_backend(backend);
+    let (mut port, index) = driven(backend);
+    let mut filler = Filler::new(index, THERE.into(), 1).unwrap();
+    let mut batch = Batch::with_capacity(64);
+    let mut received = 0;
+    for round in 0..common::repeats(50, 1_000) {
+        let other = Worker::new(&config(backend)).unwrap();
+        let (_, handoff) = {
+            let worker = port.worker_mut();
+            worker.open_handoff(4).unwrap()
+        };
+        let packet = port.worker().packet_from(b"here").unwrap();
+        let remote = port.worker().packet_from(b"there").unwrap().into_remote();
+        filler.fill(3, 64).unwrap();
+        port.wait(Some(Instant::now())).unwrap(); // a read is armed
+        let mut left = Some((other, handoff, packet, remote));
+        if round % 2 == 0 {
+            // It maps memory where the parent's is, and drops copies of all of it.
+            let (other, handoff, packet, remote) = left.take().unwrap();
+            in_a_child(|| {
+                // SAFETY: the child's copies, which it alone uses; the parent's stay as they are.
+                let copies = unsafe {
+                    (
+                        std::ptr::read(&raw const port),
+                        std::ptr::read(&raw const other),
+                        std::ptr::read(&raw const handoff),
+                        std::ptr::read(&raw const packet),
+                        std::ptr::read(&raw const remote),
+                    )
+                };
+                let mine: Vec<Vec<u8>> = (0..8).map(|_| vec![0xa5; 4 << 20]).collect();
+                drop(copies);
+                assert!(mine.iter().all(|bytes| bytes.iter().all(|&byte| byte == 0xa5)));
+            });
+            left = Some((other, handoff, packet, remote));
+        } else {
+            in_a_child(|| {});
+        }
+        let (other, handoff, packet, remote) = left.unwrap();
+        assert_eq!((&packet[..], &remote[..]), (&b"here"[..], &b"there"[..]));
+        drop((other, handoff, packet, remote));
+        // The parent goes on: all packets come, none twice.
+        let mut got = 0;
+        while got < 3 {
+            got += port.recv_many(&mut batch).unwrap();
+            let sent = port.send_many(&mut batch);
+            assert_eq!(sent.stopped, None);
+            batch.clear();
+        }
+        assert_eq!(got, 3, "round {round}");
+        received += got;
+        // The handoff's port.
+        let worker = port.worker_mut();
+        for other in worker.ports().skip(1).collect::<Vec<_>>() {
+            worker.detach(other).unwrap();
+        }
+    }
+    assert!(received > 0);
+    assert_eq!(leaked_arenas(), 0);
+}
+
+// T25
+fn fork_of_an_engine(backend: Backend) {
+    need_backend(backend);
+    let device = Builder::new("t0", Mode::Tun)
+        .queues(2)
+        .address(HERE, 24)
+        .up(true)
+        .open()
+        .unwrap();
+    let index = device.index().unwrap();
+    let engine = tun_driver::Engine::builder()
+        .device(device)
+        .workers(2)
+        .config(config(backend))
+        .start_fn(|worker: &mut Worker, port, batch: &mut Batch| {
+            let _ = worker.send_many(port, batch);
+        })
+        .unwrap();
+    let mut filler = Filler::new(index, THERE.into(), 4).unwrap();
+    let wake_ups = || {
+        engine
+            .stats()
+            .workers
+            .iter()
+            .map(|one| one.counters.wake_ups)
+            .sum::<u64>()
+    };
+    let before = wake_ups();
+    for _ in 0..common::repeats(50, 1_000) {
+        filler.fill(8, 64).unwrap();
+        in_a_child(|| {
+            // SAFETY: the child's copy, which it alone uses.
+            drop(unsafe { std::ptr::read(&raw const engine) });
+        });
+    }
+    assert_eq!(wake_ups(), before, "a child rang the parent's doorbells");
+    // An exec'd child has no descriptor of the engine.
+    let listed = std::process::Command::new("ls")
+        .args(["-l", "/proc/self/fd"])
+        .output()
+        .unwrap();
+    let listed = String::from_utf8_lossy(&listed.stdout).into_owned();
+    for kind in ["io_uring", "net/tun", "eventfd"] {
+        assert!(!listed.contains(kind), "{listed}");
+    }
+    let all = || {
+        let stats = engine.stats();
+        let ports = stats.workers.iter().flat_map(|worker| &worker.ports);
+        ports.map(|port| port.counters.received_packets).sum::<u64>()
+    };
+    let expected = 8 * common::repeats(50, 1_000) as u64;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while all() < expected {
+        assert!(Instant::now() < deadline, "{} of {expected} packets", all());
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+extern "C" fn nothing(_: i32) {}
+
+// T24
+fn under_signals(backend: Backend) {
+    need_backend(backend);
+    // SAFETY: a handler that does nothing, without SA_RESTART: calls that sleep end with EINTR.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = nothing as extern "C" fn(i32) as libc::sighandler_t;
+        assert_eq!(
+            libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut()),
+            0
+        );
+    }
+    // SAFETY: this thread's own number.
+    let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+    let over = AtomicBool::new(false);
+    let sent = std::sync::atomic::AtomicU64::new(0);
+    let (mut port, index) = driven(backend);
+    let end = Instant::now() + Duration::from_secs(common::repeats(1, 60) as u64);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(Ordering::Relaxed) {
+                // SAFETY: a thread of this process that outlives this one.
+                unsafe { libc::syscall(libc::SYS_tgkill, process, thread, libc::SIGUSR2) };
+                sent.fetch_add(1, Ordering::Relaxed);
+                thread::sleep(Duration::from_micros(50));
+            }
+        });
+        struct End<'a>(&'a AtomicBool);
+        impl Drop for End<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let _end = End(&over);
+        let mut filler = Filler::new(index, THERE.into(), 1).unwrap();
+        let mut batch = Batch::with_capacity(64);
+        let control = Builder::new("", Mode::Tun);
+        let mut round = 0;
+        while Instant::now() < end || round < 20 {
+            round += 1;
+            filler.fill(16, 64).unwrap();
+            let mut got = 0;
+            while got < 16 {
+                got += port.recv_many(&mut batch).unwrap();
+                let sent = port.send_many(&mut batch);
+                assert!(
+                    batch.is_empty() && sent.stopped.is_none() && sent.refused == 0,
+                    "{sent:?}"
+                );
+            }
+            assert_eq!(got, 16);
+            // A wait lasts until its deadline, however often it is interrupted.
+            let deadline = Instant::now() + Duration::from_millis(2);
+            assert!(port.wait(Some(deadline)).unwrap().timer && Instant::now() >= deadline);
+            if round % 10 == 0 {
+                // And so do the beginning and the end of a port, with a read in flight.
+                let mut other = control
+                    .open()
+                    .unwrap()
+                    .into_queues()
+                    .remove(0)
+                    .drive(&config(backend))
+                    .unwrap();
+                other.wait(Some(Instant::now())).unwrap();
+                drop(other);
+            }
+        }
+    });
+    assert!(sent.load(Ordering::Relaxed) > 100);
+    assert_eq!(leaked_arenas(), 0);
 }
 
 /// Without CAP_IPC_LOCK, which this thread gives up, registered buffers count against RLIMIT_MEMLOCK.
