@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use core_affinity::CoreId;
+
 use crate::error::{OpenError, OpenErrorKind};
 use crate::sys::cpu;
 
@@ -56,7 +58,15 @@ impl fmt::Display for Pin {
 }
 
 /// The cores that the calling thread may use, in rising order; or why they are not known.
+///
+/// `core_affinity` holds 1,024 cores. On a machine with more possible cores the kernel refuses its
+/// mask, and a longer one is tried.
 pub(super) fn usable_cores() -> Result<Vec<usize>, String> {
+    if let Some(cores) = core_affinity::get_core_ids().filter(|cores| !cores.is_empty()) {
+        let mut cores: Vec<usize> = cores.into_iter().map(|core| core.id).collect();
+        cores.sort_unstable();
+        return Ok(cores);
+    }
     cpu::allowed().map_err(|error| format!("sched_getaffinity: {error}"))
 }
 
@@ -103,7 +113,12 @@ pub(super) fn pin(place: Place) -> Pin {
         Place::Anywhere => return Pin::Unpinned,
         Place::Unknown(why) => return Pin::Unknown { why },
     };
-    let asked = cpu::pin_thread(core);
+    // `core_affinity` does not return the errno, so a refusal is asked for again.
+    let asked = if core < libc::CPU_SETSIZE as usize && core_affinity::set_for_current(CoreId { id: core }) {
+        Ok(())
+    } else {
+        cpu::pin_thread(core)
+    };
     match (cpu::allowed(), asked) {
         (Ok(cores), _) if cores == [core] => Pin::Core(core),
         (_, Err(error)) => Pin::Failed {
