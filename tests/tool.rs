@@ -13,7 +13,7 @@ use serde_json::Value;
 fn main() {
     common::run(vec![
         trial("doctor tells about this host, also as JSON", doctor),
-        trial("bench measures, and writes what it says", bench),
+        trial("bench measures, and writes what it says", bench).bound(Duration::from_secs(180)),
         trial(
             "what generate sends, receive counts, and both tell",
             generate_and_receive,
@@ -24,7 +24,7 @@ fn main() {
         trial("wrong usage is exit code 2, and names what is wrong", usage),
         trial("numbers on the command line take k and M", suffixes),
         trial("Ctrl-C ends bench with what was measured by then", interrupted_bench).bound(Duration::from_secs(180)),
-        trial("bench says on standard error which case it measures", progress_lines),
+        trial("bench says on standard error which case it measures", progress_lines).bound(Duration::from_secs(180)),
         trial(
             "doctor fails with 77 where the node is missing or closed",
             doctor_without_node,
