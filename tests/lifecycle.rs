@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, need_locked_memory, need_tun, trial};
+use common::{Trial, need_backend, need_locked_memory, need_tun, repeats, trial};
 use tun_driver::lab::{Filler, Namespace, process};
 use tun_driver::netlink::Handle;
 use tun_driver::{
@@ -48,6 +48,10 @@ fn main() {
         trials.push(trial(name, move || fork_of_an_engine(backend)).alone());
         let name = format!("signals at 10 kHz end no call and lose nothing {backend:?}");
         trials.push(trial(name, move || under_signals(backend)));
+        trials.push(trial(
+            format!("deleted while idle and in mid-batch, gone once on every queue {backend:?}"),
+            move || deleted_idle(backend),
+        ));
     }
     for errno in [libc::EPERM, libc::ENOSYS] {
         let name = format!("io_uring refused with errno {errno}: system calls serve, and it is told");
@@ -287,25 +291,30 @@ fn under_load(backend: Backend, times: usize, act: impl Fn(&Handle, u32, usize) 
 
 fn changed(backend: Backend) {
     need_backend(backend);
-    under_load(backend, 100, |netlink, index, time| {
+    // T6: each second act is a way up, with another MTU (T20).
+    under_load(backend, repeats(100, 2_000), |netlink, index, time| {
         netlink.set_up(index, time % 2 == 1).unwrap();
         if time % 2 == 1 {
             // Going down took the route along with it; the address brought it back.
-            netlink.set_mtu(index, 600 + time as u32).unwrap();
+            netlink.set_mtu(index, 600 + time as u32 % 900).unwrap();
         }
     });
-    under_load(backend, 50, |netlink, index, time| {
+    // T9 and T35.
+    under_load(backend, repeats(50, 1_000), |netlink, index, time| {
         // A device that is up keeps its name before Linux 6.2.
         if common::kernel() >= (6, 2) {
             netlink.rename(index, &format!("n{time}")).unwrap();
         }
-        netlink.set_txqueuelen(index, 100 + time as u32).unwrap();
+        // Longer and shorter: what finds no room any more is dropped and counted nowhere.
+        let packets = [1_000, 2, 500, 1][time % 4];
+        netlink.set_txqueuelen(index, packets).unwrap();
     });
 }
 
 fn deleted(backend: Backend) {
     need_backend(backend);
-    for _ in 0..20 {
+    // T5, in a flood.
+    for _ in 0..repeats(20, 1_000) {
         let (mut port, index) = driven(backend);
         let netns = Namespace::current().unwrap();
         let over = AtomicBool::new(false);
@@ -336,6 +345,77 @@ fn deleted(backend: Backend) {
             over.store(true, Ordering::Relaxed);
             assert_eq!(error.kind(), PortErrorKind::Gone);
         });
+    }
+    assert_eq!(leaked_arenas(), 0);
+}
+
+/// T5, idle and with a batch in the middle: gone is returned once by waiting on every queue, by sending, and from then on at every call.
+fn deleted_idle(backend: Backend) {
+    need_backend(backend);
+    for round in 0..repeats(20, 1_000) {
+        let device = Builder::new("t0", Mode::Tun)
+            .queues(4)
+            .address(HERE, 24)
+            .up(true)
+            .open()
+            .unwrap();
+        let index = device.index().unwrap();
+        let mut worker = Worker::new(&config(backend)).unwrap();
+        let queues = device.into_queues();
+        let ports: Vec<_> = queues.into_iter().map(|queue| worker.attach(queue).unwrap()).collect();
+        let mut batch = Batch::with_capacity(8);
+        if round % 2 == 0 {
+            // Reads are armed, or the ports polled.
+            worker.wait(Some(Instant::now())).unwrap();
+        } else {
+            // A batch is in hand, and more lie in the queues and the inboxes.
+            Filler::new(index, THERE.into(), 50).unwrap().fill(100, 200).unwrap();
+            worker.wait(None).unwrap();
+            while let Some(port) = worker.next_ready() {
+                worker.try_recv_many(port, &mut batch).unwrap();
+            }
+            assert!(!batch.is_empty());
+        }
+        Handle::new().unwrap().delete(index).unwrap();
+        if round % 2 == 1 {
+            let held = batch.len();
+            let sent = worker.send_many(ports[0], &mut batch);
+            assert!(sent.stopped.is_some_and(|error| error.is_permanent()), "{sent:?}");
+            assert_eq!(
+                (sent.accepted + sent.refused, batch.len()),
+                (0, held),
+                "they are still the caller's"
+            );
+        }
+        batch.clear();
+        let mut gone = Vec::new();
+        let end = Instant::now() + Duration::from_secs(10);
+        while gone.len() < ports.len() {
+            assert!(
+                !worker.wait(Some(end)).unwrap().timer,
+                "{} of {}",
+                gone.len(),
+                ports.len()
+            );
+            while let Some(port) = worker.next_ready() {
+                match worker.try_recv_many(port, &mut batch) {
+                    Ok(_) => batch.clear(),
+                    Err(error) => {
+                        assert_eq!(error.kind(), PortErrorKind::Gone);
+                        assert!(!gone.contains(&port), "announced twice");
+                        gone.push(port);
+                    }
+                }
+            }
+        }
+        // No port is ready any more, so that nothing spins; asked, each says so again.
+        assert_eq!(worker.wait(Some(Instant::now())).unwrap().ready, 0);
+        for port in ports {
+            assert_eq!(
+                worker.try_recv_many(port, &mut batch).unwrap_err().kind(),
+                PortErrorKind::Gone
+            );
+        }
     }
     assert_eq!(leaked_arenas(), 0);
 }

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, need_receive_buffer, skip, trial};
+use common::{Trial, need_backend, need_receive_buffer, repeats, skip, trial};
 use tun_driver::lab::{Namespace, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
@@ -79,6 +79,7 @@ fn main() {
         add("short packets leave large buffers", short_packets);
         add("a packet received by copy has its checksum", received_by_copy);
         add("a hand-off carries superpackets", through_a_handoff);
+        add("a device reopened without offloads carries bulk TCP whole", reopened);
     }
     trials.push(trial(
         "superpackets that a write refuses go in pieces, without loss",
@@ -113,6 +114,8 @@ struct Setting {
     mtu: u32,
     between: Option<Between>,
     superpackets: Superpackets,
+    /// The devices were there before, with all offloads.
+    reopened: bool,
 }
 
 impl Setting {
@@ -124,6 +127,7 @@ impl Setting {
             mtu: 1500,
             between: None,
             superpackets: Superpackets::default(),
+            reopened: false,
         }
     }
 }
@@ -152,6 +156,13 @@ impl Wire {
                         device = device.mac([2, 0, 0, 0, 0, side as u8 + 1]);
                     }
                     sysctl("net/ipv6/conf/default/accept_dad", 0).unwrap();
+                    if setting.reopened {
+                        let before = Builder::new("wire", setting.mode)
+                            .offloads(Offloads::all())
+                            .persist(true);
+                        drop(before.open().unwrap());
+                        device = device.attach_existing(true);
+                    }
                     device.address(v6, 64).up(true).open().unwrap()
                 })
                 .unwrap()
@@ -1678,6 +1689,21 @@ fn through_a_handoff(backend: Backend) {
     vnet::finish(&mut finished, 20, 26);
     arrived[0].finish_checksum().unwrap();
     assert_eq!(arrived[0][..], finished[..]);
+}
+
+/// T12. What a device was granted before does not come back with it: bulk TCP over two that were reopened without offloads.
+fn reopened(backend: Backend) {
+    for _ in 0..repeats(1, 20) {
+        let wire = Wire::new(Setting {
+            reopened: true,
+            ..Setting::new(backend, [Offloads::none(); 2])
+        });
+        transfer(&wire, RIGHT.into(), 4 << 20);
+        transfer(&wire, RIGHT6.into(), 4 << 20);
+        for counters in wire.end() {
+            assert_eq!((counters.received_superpackets, counters.truncated), (0, 0));
+        }
+    }
 }
 
 fn persistent() {

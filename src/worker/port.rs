@@ -321,14 +321,13 @@ impl Port {
 
     /// Whether a receive would return at once.
     pub(super) fn is_ready(&self) -> bool {
-        self.more
-            || self.readable
-            || !self.inbox.is_empty()
+        !self.inbox.is_empty()
             || self.notice.is_some()
             || match (&self.gone, &self.endpoint) {
+                // What was found readable before cannot be read any more, and must not keep the worker awake.
                 (Some(_), _) => !self.gone_told,
-                (None, Endpoint::Handoff(end)) => end.is_ready(),
-                _ => false,
+                (None, Endpoint::Handoff(end)) => self.more || self.readable || end.is_ready(),
+                _ => self.more || self.readable,
             }
     }
 
