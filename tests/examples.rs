@@ -756,7 +756,10 @@ fn stamped(number: u64, length: usize) -> Vec<u8> {
 
 fn assert_received(socket: &UdpSocket, expected: &[u8]) {
     let mut buffer = [0; 2000];
-    let length = socket.recv(&mut buffer).expect("a datagram");
+    // A call with a time-out is not resumed when the process was stopped meanwhile (signal(7)).
+    let received = std::iter::repeat_with(|| socket.recv(&mut buffer))
+        .find(|received| !matches!(received, Err(error) if error.kind() == std::io::ErrorKind::Interrupted));
+    let length = received.expect("no end").expect("a datagram");
     assert!(
         buffer[..length] == *expected,
         "{:02x?} instead of {expected:02x?}",

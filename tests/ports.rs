@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_program, repeats, skip, trial};
+use common::{need_locked_memory, need_program, repeats, skip, trial};
 use offer::{
     HERE, Offer, PORT, THERE, await_sleep, batch_of, both, build, config, numbers, on_both, outward, quiet, receive,
     single, stamp, switches, this_thread, tun, with_tun, worker,
@@ -1165,6 +1165,9 @@ fn truncation(backend: Backend) {
 }
 
 fn mtu_beyond_the_buffers(backend: Backend) {
+    if backend == Backend::IoUring {
+        need_locked_memory(WorkerConfig::default().memory().total_with_large_buffers() as u64);
+    }
     let wide = WorkerConfig {
         max_packet: 9000,
         buffers: 64,
