@@ -52,7 +52,8 @@ fn runs(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Case> {
         if !flow.v6 || flow.tcp {
             flow.extra = 0;
         }
-        let count = if rarely(bytes, 8)? {
+        // Long runs take most of the time: rare.
+        let count = if rarely(bytes, 32)? {
             bytes.int_in_range(1u8..=140)?
         } else {
             bytes.int_in_range(1..=9)?
@@ -123,13 +124,13 @@ fn whole(bytes: &mut Unstructured<'_>) -> arbitrary::Result<Case> {
 }
 
 fuzz_target!(|case: Case| match case {
-    Case::Runs { packets, flows, limits } => merge_and_cut(&packets, &flows, limits),
+    Case::Runs { packets, flows, limits } => merge_and_cut(packets, &flows, limits),
     Case::Whole { shape, size, hdr_len } => cut_and_merge(&shape, size, hdr_len),
 });
 
-fn merge_and_cut(packets: &[(usize, Vec<u8>)], flows: &[Shape], limits: Limits) {
+fn merge_and_cut(packets: Vec<(usize, Vec<u8>)>, flows: &[Shape], limits: Limits) {
     let link = link(&flows[0]);
-    let (flow_of, packets): (Vec<usize>, Vec<Vec<u8>>) = packets.iter().cloned().unzip();
+    let (flow_of, packets): (Vec<usize>, Vec<Vec<u8>>) = packets.into_iter().unzip();
     // As many as fit, flow by flow.
     let mut wanted: Vec<Vec<usize>> = Vec::new();
     let mut open: Vec<Option<(usize, usize)>> = vec![None; flows.len()];

@@ -83,15 +83,19 @@ pub fn cut(gso: &Gso, superpacket: &[u8]) -> Vec<Vec<u8>> {
     let mut rest = &superpacket[at.payload..];
     assert_eq!(plan.count(), rest.len().div_ceil(size).max(1));
     let mut all = Vec::with_capacity(plan.count());
+    let mut apart = vec![0; plan.header_len()];
     while let Some(segment) = segments.next() {
         assert!(segment.len() <= at.payload + size && segment.len() <= plan.longest());
         let ip = &segment[at.network..];
         let places = wire::read(ip);
-        wire::another_reads(ip, places);
+        // It costs more than all else here: the ends, which differ, and every eighth of what is between.
+        if all.len() % 8 < 2 || all.len() + 1 == plan.count() {
+            wire::another_reads(ip, places);
+        }
         let (payload, behind) = rest.split_at(size.min(rest.len()));
         assert_eq!(segment[at.payload..], *payload);
         rest = behind;
-        let mut apart = vec![0; plan.header_len()];
+        apart.fill(0);
         let range = plan.header(all.len(), superpacket, &mut apart).unwrap();
         assert_eq!((&segment[..at.payload], payload), (&apart[..], &superpacket[range]));
         all.push(segment.to_vec());
