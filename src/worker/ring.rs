@@ -811,18 +811,23 @@ impl RingBackend {
     fn push(&mut self, cx: &Context, entry: &Entry) -> bool {
         // SAFETY: slots are checked out and stay so until `reap` sees the completion; packets of a batch are kept by `send` until then;
         // registered files are kept open until they are unregistered.
-        if unsafe { self.ring.submission().push(entry) }.is_err() {
-            // Full: make room. Not where that was just refused: each port would wait for itself.
-            if self.refusal.is_none() {
-                self.enter(cx, 0, false, Bound::Call);
-            }
-            // SAFETY: as above.
-            if unsafe { self.ring.submission().push(entry) }.is_err() {
-                return false;
-            }
+        if unsafe { self.ring.submission().push(entry) }.is_err() && !self.push_full(cx, entry) {
+            return false;
         }
         self.books.outstanding += 1;
         true
+    }
+
+    /// Queues an entry in a submission queue that is full. `false` if there is no room to be had.
+    #[cold]
+    #[inline(never)]
+    fn push_full(&mut self, cx: &Context, entry: &Entry) -> bool {
+        // Not where that was just refused: each port would wait for itself.
+        if self.refusal.is_none() {
+            self.enter(cx, 0, false, Bound::Call);
+        }
+        // SAFETY: as in `push`.
+        unsafe { self.ring.submission().push(entry) }.is_ok()
     }
 
     /// Enters the kernel: submits all that was pushed, and waits for `complete` completions if not
