@@ -664,7 +664,7 @@ impl Process {
 
     /// The next line that starts with `start`; lines before it are passed over.
     fn line(&mut self, start: &str) -> String {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE * common::slowness();
         while let Ok(line) = self
             .lines
             .recv_timeout(deadline.saturating_duration_since(Instant::now()))
@@ -691,7 +691,7 @@ impl Process {
     }
 
     fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE * common::slowness();
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status;
@@ -743,7 +743,9 @@ fn ip(address: &str) -> IpAddr {
 
 fn socket(address: &str) -> UdpSocket {
     let socket = UdpSocket::bind(address).unwrap();
-    socket.set_read_timeout(Some(PATIENCE / 2)).unwrap();
+    socket
+        .set_read_timeout(Some(PATIENCE / 2 * common::slowness()))
+        .unwrap();
     socket
 }
 
@@ -768,7 +770,7 @@ fn assert_received(socket: &UdpSocket, expected: &[u8]) {
 }
 
 fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE * common::slowness();
     while !holds() {
         assert!(Instant::now() < deadline, "not so: {what}");
         thread::sleep(Duration::from_millis(2));

@@ -298,7 +298,7 @@ fn link_settings() {
     assert!(link.num_tx_queues >= 1 && link.num_rx_queues >= 1);
     assert!(link.up);
     // The kernel takes its time to tell.
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + Duration::from_secs(5) * common::slowness();
     while netlink.link(left).unwrap().running {
         assert!(Instant::now() < end, "no carrier while the other end is down");
         std::thread::sleep(Duration::from_millis(1));

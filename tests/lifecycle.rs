@@ -132,7 +132,7 @@ fn cycles(backend: Backend, queues: u32, times: usize) {
     assert_eq!(process::open_descriptors().unwrap(), descriptors);
     assert_eq!(process::threads().unwrap().len(), threads);
     // The kernel takes its time with pinned pages.
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
     while process::memory().unwrap().pinned > memory.pinned && Instant::now() < deadline {
         thread::sleep(Duration::from_millis(20));
     }
@@ -278,7 +278,7 @@ fn under_load(backend: Backend, times: usize, act: impl Fn(&Handle, u32, usize) 
         acting.join().unwrap().unwrap();
         // Traffic goes on afterwards.
         let before = port.worker().counters(port.id()).unwrap().received_packets;
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
         while port.worker().counters(port.id()).unwrap().received_packets < before + 100 {
             assert!(Instant::now() < deadline, "no traffic afterwards");
             serve(&mut port);
@@ -389,7 +389,7 @@ fn deleted_idle(backend: Backend) {
         }
         batch.clear();
         let mut gone = Vec::new();
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(10) * common::slowness();
         while gone.len() < ports.len() {
             assert!(
                 !worker.wait(Some(end)).unwrap().timer,
@@ -665,7 +665,7 @@ fn in_a_child(child: impl FnOnce()) {
             unsafe { libc::_exit(i32::from(ended.is_err())) }
         }
         pid => {
-            let deadline = Instant::now() + Duration::from_secs(30);
+            let deadline = Instant::now() + Duration::from_secs(30) * common::slowness();
             let mut status = 0;
             // SAFETY: both calls are about the child made above, which is waited for once.
             unsafe {
@@ -797,7 +797,7 @@ fn fork_of_an_engine(backend: Backend) {
         ports.map(|port| port.counters.received_packets).sum::<u64>()
     };
     let expected = 8 * common::repeats(50, 1_000) as u64;
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20) * common::slowness();
     while all() < expected {
         assert!(Instant::now() < deadline, "{} of {expected} packets", all());
         thread::sleep(Duration::from_millis(5));

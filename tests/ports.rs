@@ -1012,7 +1012,7 @@ fn set_send_buffer(queue: RawFd, bytes: i32) {
 /// Sends the batch to its end, waiting where the kernel takes no more.
 fn send_all(worker: &mut Worker, port: PortId, batch: &mut Batch) -> (usize, usize) {
     let (mut accepted, mut refused) = (0, 0);
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(30) * common::slowness();
     while !batch.is_empty() {
         let before = batch.len();
         let sent = worker.send_many(port, batch);
@@ -1936,7 +1936,7 @@ fn small(backend: Backend) -> Worker {
 /// Takes from port `a`, which has more than enough, until there are no buffers for it, and holds all.
 fn take_all(worker: &mut Worker, a: PortId) -> Batch {
     let mut held = Batch::with_capacity(100);
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(10) * common::slowness();
     loop {
         assert!(Instant::now() < end);
         // Found ready by the wait, and short of buffers only then.
@@ -2000,7 +2000,7 @@ fn starve(worker: &mut Worker, a: PortId, b: PortId, mut offer_to_b: impl FnMut(
             await_sleep(me);
             drop(remote);
         });
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + Duration::from_secs(10) * common::slowness();
         let mut got = 0;
         while got < wake_a {
             let wake = worker.wait(Some(end)).unwrap();

@@ -269,7 +269,7 @@ fn settle(far_side: &Namespace, outer: u32) {
     far_side
         .run(|| {
             let netlink = Handle::new().unwrap();
-            let deadline = Instant::now() + Duration::from_secs(10);
+            let deadline = Instant::now() + Duration::from_secs(10) * common::slowness();
             let mut last = u64::MAX;
             while Instant::now() < deadline {
                 let now = netlink.stats(outer).unwrap().rx_packets;

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_backend, need_program, need_tun, repeats, skip, trial};
+use common::{need_backend, need_locked_memory, need_program, need_tun, repeats, skip, trial};
 use offer::{HERE, THERE, both, quiet};
 use tun_driver::lab::{Filler, process, sysctl};
 use tun_driver::netlink::Handle;
@@ -129,6 +129,9 @@ fn many_queues(backend: Backend) {
 }
 
 fn many_offloads(backend: Backend) {
+    if backend == Backend::IoUring {
+        need_locked_memory(WorkerConfig::default().memory().total_with_large_buffers() as u64);
+    }
     serves(backend, Offloads::TSO4 | Offloads::TSO6);
 }
 
@@ -425,7 +428,7 @@ fn child() {
     unsafe { libc::getppid() };
     println!("{}", outcome.unwrap_or_else(|error| format!("error: {error}")));
     std::io::stdout().flush().unwrap();
-    let end = Instant::now() + Duration::from_secs(5);
+    let end = Instant::now() + Duration::from_secs(5) * common::slowness();
     while process::open_descriptors().unwrap() > before || process::threads().unwrap().len() > 1 {
         assert!(Instant::now() < end, "left behind: {:?}", process::threads());
         thread::sleep(Duration::from_millis(1));
@@ -458,7 +461,7 @@ fn start_once(
         .start(|_| Ok(Counting))?;
     outside.send_to(b"in", target)?;
     outside.send_to(b"through the device", (THERE, 9))?;
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(10) * common::slowness();
     while received(&engine) < 2 {
         assert!(Instant::now() < end, "the packets do not come: {:?}", engine.stats());
         thread::sleep(Duration::from_millis(1));

@@ -134,7 +134,7 @@ impl Place {
         let _ = sysctl("net/ipv6/conf/default/disable_ipv6", 1);
         let sockets = (0..FLOWS as u16).map(|flow| {
             let socket = UdpSocket::bind(("0.0.0.0", FIRST_PORT + flow)).unwrap();
-            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket.set_read_timeout(Some(PATIENCE * common::slowness())).unwrap();
             socket
         });
         Self {
@@ -432,7 +432,7 @@ impl<'a> Machine<'a> {
             return Ok(());
         }
         sent.map_err(|error| format!("the stack refuses to send: {error}"))?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE * common::slowness();
         let came = loop {
             let mut came = self.take()?;
             if let Some(first) = came.pop() {
@@ -547,7 +547,7 @@ impl<'a> Machine<'a> {
     /// The kernel's view is the model's.
     fn check(&mut self) -> Step {
         // A file that a ring had registered is closed a moment after its descriptor.
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE * common::slowness();
         loop {
             let came = self.take()?;
             ensure!(came.is_empty(), "packets came that were not sent: {came:?}");
@@ -628,7 +628,7 @@ impl<'a> Machine<'a> {
         drop(worker);
         drop(members);
         ensure!(leaked_arenas() == 0, "memory was leaked");
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + PATIENCE * common::slowness();
         let left = || {
             let mut names = places.iter().flat_map(|place| ["sm0", "sm1"].map(|name| (place, name)));
             names.any(|(place, name)| place.netlink.index_of(name).is_ok())

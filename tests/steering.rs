@@ -138,7 +138,7 @@ fn log(engine: &Engine<Logging>) -> Vec<Seen> {
 
 /// What all workers see until there are `count` packets.
 fn wait_for(engine: &Engine<Logging>, count: usize) -> Vec<Seen> {
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(20) * common::slowness();
     let mut seen = log(engine);
     while seen.len() < count {
         assert!(Instant::now() < end, "{} of {count}: {seen:?}", seen.len());
@@ -303,7 +303,7 @@ fn ipv6() {
     }
     let near = client.local_addr().unwrap().port();
     let mut seen = wait_for(&engine, 32);
-    let end = Instant::now() + Duration::from_secs(20);
+    let end = Instant::now() + Duration::from_secs(20) * common::slowness();
     let ours = |seen: &[Seen]| -> Vec<Seen> {
         let ours = seen
             .iter()
@@ -325,7 +325,7 @@ fn expires() {
     let hashed = queue_of(&engine, &client, far);
     let other = (hashed + 1) % 4;
     write_to(&engine, other, far, near);
-    let end = Instant::now() + Duration::from_secs(30);
+    let end = Instant::now() + Duration::from_secs(30) * common::slowness();
     let mut steps = 0u8;
     loop {
         client.send_to(&[steps], far).unwrap();
@@ -388,7 +388,7 @@ fn come_and_go() {
     let mut offer = |wait: bool| {
         filler.fill(64, 100).unwrap();
         sent += 64;
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(20) * common::slowness();
         // With half a queue's length still under way at most.
         while received() + if wait { 0 } else { 200 } < sent {
             assert!(Instant::now() < end, "{} of {sent}", received());

@@ -389,7 +389,7 @@ fn frames_with_two_tags(backend: Backend) {
         let frame = [&[2; 12][..], &tags, &pattern(mtu as usize, mtu.into())].concat();
         send_to_device(handle.index(), 0x88a8, false, &frame);
         let mut batch = Batch::with_capacity(8);
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
         loop {
             assert!(Instant::now() < deadline, "MTU {mtu}");
             worker.recv_many(port, &mut batch).unwrap();
@@ -675,7 +675,7 @@ fn changed_after_the_kernels_verdict(backend: Backend) {
         for index in 0..4_u8 {
             // One by one: GRO is not to merge them itself.
             device::write(&napi, &datagram(SOURCE, RIGHT, to, &[index; 500])).unwrap();
-            let deadline = Instant::now() + Duration::from_secs(5);
+            let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
             while one.is_empty() {
                 assert!(Instant::now() < deadline, "{what}: nothing is forwarded");
                 worker.recv_many(port, &mut one).unwrap();
@@ -737,7 +737,7 @@ fn checksums_inside_the_header(backend: Backend) {
         let mut claim = header(0, 0, start, offset).to_bytes().to_vec();
         claim.extend(packet);
         send_to_device(device.index(), protocol, true, &claim);
-        let deadline = Instant::now() + Duration::from_secs(5);
+        let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
         loop {
             assert!(Instant::now() < deadline, "{protocol:#x}");
             match worker.recv_many(port, &mut batch) {
@@ -841,7 +841,7 @@ fn tagged_frames(backend: Backend) {
     frame[field..field + 2].copy_from_slice(&pseudo.seed());
     send_to_device(index, 0x8100, true, &frame);
     let (mut batch, mut whole) = (Batch::with_capacity(8), Batch::with_capacity(64));
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
     loop {
         assert!(Instant::now() < deadline);
         worker.recv_many(port, &mut batch).unwrap();
@@ -1439,7 +1439,7 @@ fn told_by_an_engine(backend: Backend) {
         })
         .unwrap();
     let events = engine.events();
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
     loop {
         match events.next_within(deadline.saturating_duration_since(Instant::now())) {
             Some(Event::OffloadsRefused { device, passes }) => {
@@ -1473,7 +1473,7 @@ fn lying_headers(backend: Backend) {
         let result = unsafe { libc::ioctl(other.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
         assert_eq!(result, 0);
     };
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
     set(20);
     sender.send_to(&[1; 5_000], (RIGHT, 9)).unwrap();
     loop {
@@ -1624,7 +1624,7 @@ fn short_packets(backend: Backend) {
     let sender = UdpSocket::bind((LEFT, 0)).unwrap();
     (0..200).for_each(|_| assert_eq!(sender.send_to(&[1; 100], (RIGHT, 9)).unwrap(), 100));
     let mut batch = Batch::with_capacity(256);
-    let deadline = Instant::now() + Duration::from_secs(5);
+    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
     while batch.len() < 200 {
         assert!(Instant::now() < deadline);
         worker.recv_many(port, &mut batch).unwrap();

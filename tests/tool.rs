@@ -677,7 +677,7 @@ fn interrupted() {
         "--json",
     ]);
     // When it has sent, it listens to Ctrl-C.
-    let deadline = Instant::now() + Duration::from_secs(20);
+    let deadline = Instant::now() + Duration::from_secs(20) * common::slowness();
     while datagrams_received() == 0 {
         assert!(Instant::now() < deadline, "nothing is sent");
         thread::sleep(Duration::from_millis(5));
@@ -754,7 +754,7 @@ impl Running {
 
     /// What it said, once it has ended on its own.
     fn end(mut self) -> Output {
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(20) * common::slowness();
         let status = loop {
             if let Some(status) = self.child.try_wait().unwrap() {
                 break status;
