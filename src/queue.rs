@@ -174,8 +174,10 @@ impl MultiQueue {
         self.queues.is_empty()
     }
 
-    /// What the kernel granted.
+    /// What the kernel granted. With the feature `netlink` it is asked for the queues of a
+    /// multi-queue device at every call.
     pub fn granted(&self) -> Granted {
+        let (queues, disabled_queues) = self.all_queues().unzip();
         Granted {
             mode: self.mode(),
             packet_info: self.flags & tun::IFF_NO_PI == 0,
@@ -184,12 +186,12 @@ impl MultiQueue {
             napi: self.flags & tun::IFF_NAPI != 0,
             persist: self.flags & tun::IFF_PERSIST != 0,
             offloads: self.info().offloads.get(),
-            queues: self.all_queues().map(|(enabled, _)| enabled),
-            disabled_queues: self.all_queues().map(|(_, disabled)| disabled),
+            queues,
+            disabled_queues,
         }
     }
 
-    /// Enabled and disabled queues, whoever has them.
+    /// Enabled and disabled queues, those of other processes included.
     #[cfg(feature = "netlink")]
     fn all_queues(&self) -> Option<(u32, u32)> {
         let device = self.device.as_ref()?;

@@ -140,8 +140,8 @@ impl<H> Engine<H> {
     }
 
     /// Whether changes of the devices (up, down, MTU, moved) are reported, for those given at the start and those of queues that
-    /// [`attach`](Self::attach) brought. Not where the sandbox refuses netlink sockets; that a device is gone is told
-    /// all the same.
+    /// [`attach`](Self::attach) brought. Not where the sandbox refuses netlink sockets; that a device is gone is
+    /// reported all the same.
     pub fn watches_devices(&self) -> bool {
         self.watch.is_some()
     }
@@ -255,7 +255,8 @@ impl<H: Handler + 'static> Engine<H> {
             })
     }
 
-    /// Gives a queue or a socket to a worker. The handler is told ([`Handler::attached`]), and the queue's device is watched from then on.
+    /// Gives a queue or a socket to a worker. Its handler is called ([`Handler::attached`]), and the
+    /// queue's device is watched from then on.
     ///
     /// # Errors
     /// As [`run_on`](Self::run_on); [`ControlError::Refused`] as [`Worker::attach`] says, and the endpoint is closed.

@@ -838,6 +838,34 @@ fn a_ring_that_stays_refused_keeps_the_cause_in_every_call() {
 
 // T3
 #[test]
+fn a_wait_whose_time_is_over_does_not_insist_on_a_ring_that_is_refused() {
+    if !ready() {
+        return;
+    }
+    for wait in [
+        Wait::Block,
+        Wait::Spin {
+            duration: Duration::from_micros(1),
+        },
+    ] {
+        let mut rig = Rig::new(1, 7);
+        rig.worker.cx.wait = wait;
+        {
+            let mut state = rig.state();
+            state.refusals = (u32::MAX, libc::EAGAIN);
+            // Completions are due, which only an entry brings.
+            state.memory.flag(IORING_SQ_TASKRUN, true);
+        }
+        assert!(rig.worker.wait(Some(Instant::now())).unwrap().timer);
+        let tries = rig.state().refused;
+        assert!(tries <= 4, "{wait:?}: {tries}");
+        rig.state().refusals = (0, 0);
+        rig.end(());
+    }
+}
+
+// T3
+#[test]
 fn a_stop_ends_every_call_on_a_ring_that_is_refused() {
     if !ready() {
         return;

@@ -447,7 +447,7 @@ impl Port {
         let Some(changed) = queue.restore() else {
             return false;
         };
-        self.was_changed(changed, "ioctl(TUNSETVNETHDRSZ)");
+        self.was_changed(changed);
         true
     }
 
@@ -458,13 +458,19 @@ impl Port {
         if let Endpoint::Queue(queue) = &self.endpoint
             && let Some(changed) = queue.restore_nonblocking()
         {
-            self.was_changed(changed, "fcntl(F_SETFL)");
+            self.was_changed(changed);
         }
     }
 
     /// Another holder had changed what is shared, and it was set back.
     #[cold]
-    fn was_changed(&mut self, changed: Changed, call: &'static str) {
+    fn was_changed(&mut self, changed: Changed) {
+        // The call that set back what is worst: shifted packets, unfinished ones, a sleep.
+        let call = match changed {
+            Changed { header: Some(_), .. } => "ioctl(TUNSETVNETHDRSZ)",
+            Changed { offloads: Some(_), .. } => "ioctl(TUNSETOFFLOAD)",
+            _ => "fcntl(F_SETFL)",
+        };
         self.tally.set_back.add(1);
         self.changed = Some(changed);
         self.notice = Some(PortError::new(PortErrorKind::Changed, call, libc::EBADMSG));

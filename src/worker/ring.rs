@@ -80,6 +80,11 @@ enum Bound {
     Wait(Option<Duration>),
 }
 
+impl Bound {
+    /// One try: what follows tries again.
+    const NOW: Self = Self::Wait(Some(Duration::ZERO));
+}
+
 /// What is in flight.
 struct Books {
     doorbell_armed: bool,
@@ -664,7 +669,8 @@ impl RingBackend {
     /// Waits until a port is ready, the deadline, or the doorbell. Spurious returns are possible.
     pub(super) fn wait(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) -> io::Result<()> {
         if self.task_work_is_due() {
-            self.enter(cx, 0, true, Bound::Call);
+            // Where this is refused, trying again is bounded by the deadline and the waker below.
+            self.enter(cx, 0, true, Bound::NOW);
         }
         self.reap(cx, ports);
         if ports.any_ready() || cx.interrupted() {
@@ -737,9 +743,10 @@ impl RingBackend {
     fn sleep(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) {
         ports.iter_mut().for_each(|port| port.recent = false);
         if let Wait::Spin { duration } = cx.wait {
-            self.enter(cx, 0, false, Bound::Call);
-            if self.watch(cx, duration, deadline) {
-                self.enter(cx, 0, true, Bound::Call);
+            self.enter(cx, 0, false, Bound::NOW);
+            // What the kernel did not take does not stir.
+            if self.refusal.is_none() && self.watch(cx, duration, deadline) {
+                self.enter(cx, 0, true, Bound::NOW);
                 self.reap(cx, ports);
                 return;
             }
