@@ -156,7 +156,8 @@ pub struct PortError {
 #[non_exhaustive]
 pub enum PortErrorKind {
     /// The device or socket no longer exists, or the port was detached. Permanent: stop using the port. For a queue: EBADFD, ENODEV,
-    /// EBADF, ENXIO, and EFAULT after deletion. For a socket only EBADF and ENOTSOCK: every other errno concerns one datagram.
+    /// EBADF, ENXIO, and EFAULT after deletion. For a socket only EBADF and ENOTSOCK, and ESHUTDOWN where another holder
+    /// shut it down for reading: every other errno concerns one datagram.
     Gone,
     /// The device is administratively down (EIO). Writes work again once it is up.
     Down,

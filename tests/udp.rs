@@ -75,6 +75,11 @@ fn main() {
         "timestamps and other options of a socket do no harm",
         other_options,
     );
+    on_both(
+        all,
+        "a socket that another holder shut down gives what it has, and ends without spinning",
+        shut_down,
+    );
     on_both(all, "a stream socket is refused", stream);
     common::run(trials)
 }
@@ -949,6 +954,45 @@ fn other_options(backend: Backend) {
         assert_eq!(worker.try_recv_many(port, &mut batch), Ok(0));
         wakes += 1;
         assert!(wakes < 20, "the worker spins");
+    }
+}
+
+/// The socket is readable from then on, with and without datagrams (`datagram_poll`).
+fn shut_down(backend: Backend) {
+    for how in [libc::SHUT_RD, libc::SHUT_RDWR] {
+        let (ours, theirs) = pair();
+        let holder = ours.try_clone().unwrap();
+        let mut worker = worker(backend);
+        let port = worker.attach(ours).unwrap();
+        assert_eq!(worker.wait(Some(Instant::now())).unwrap().ready, 0);
+        theirs.send(b"first").unwrap();
+        // SAFETY: no pointers.
+        unsafe { libc::shutdown(holder.as_raw_fd(), how) };
+        let mut batch = Batch::with_capacity(4);
+        receive(&mut worker, port, &mut batch, 1).unwrap();
+        assert_eq!(batch[0][..], *b"first");
+        batch.clear();
+        let (mut wakes, mut gone) = (0, 0);
+        while !worker.wait(soon()).unwrap().timer {
+            match worker.try_recv_many(port, &mut batch) {
+                Ok(got) => assert_eq!(got, 0),
+                Err(error) => {
+                    let kind = (error.kind(), error.raw_os_error());
+                    assert_eq!(kind, (PortErrorKind::Gone, libc::ESHUTDOWN), "{error}");
+                    gone += 1;
+                }
+            }
+            wakes += 1;
+            assert!(wakes < 20, "the worker spins");
+        }
+        assert_eq!(gone, 1);
+        // The others go on.
+        let (ours, theirs) = pair();
+        let other = worker.attach(ours).unwrap();
+        theirs.send(b"second").unwrap();
+        receive(&mut worker, other, &mut batch, 1).unwrap();
+        assert_eq!(batch[0][..], *b"second");
+        worker.detach(port).unwrap();
     }
 }
 

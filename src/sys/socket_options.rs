@@ -44,6 +44,13 @@ pub(crate) struct SocketOptions {
 }
 
 impl SocketOptions {
+    /// Takes what is reported of earlier datagrams (SO_ERROR), which would fail the next call on the socket.
+    pub(crate) fn take_report(fd: RawFd) -> Option<i32> {
+        get_int(fd, libc::SOL_SOCKET, libc::SO_ERROR)
+            .ok()
+            .filter(|&errno| errno != 0)
+    }
+
     /// Makes a socket fit for a port: each datagram is one packet and each packet one datagram, and
     /// if it is bound to all addresses, each comes with the one that it was sent to. The descriptor
     /// stays open as long as the result lives.

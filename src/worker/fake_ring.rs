@@ -242,6 +242,8 @@ struct State {
     refusals: (u32, i32),
     /// Takes no cancellation.
     stuck: bool,
+    /// Keeps the next cancellation waiting for so long, and does not take it.
+    stall: Duration,
     taken: u64,
     completed: u64,
     overflows: u64,
@@ -437,7 +439,9 @@ impl State {
         if self.dice(self.faults.refuse) {
             return Err(io::Error::from_raw_os_error(libc::EINTR));
         }
-        if !self.stuck {
+        let stall = std::mem::take(&mut self.stall);
+        std::thread::sleep(stall);
+        if !self.stuck && stall.is_zero() {
             // What was there in time is not cancelled.
             self.serve_waiting();
             for asked in std::mem::take(&mut self.waiting) {
@@ -497,6 +501,7 @@ impl Rig {
             backlog: VecDeque::new(),
             refusals: (0, 0),
             stuck: false,
+            stall: Duration::ZERO,
             taken: 0,
             completed: 0,
             overflows: 0,
@@ -917,6 +922,19 @@ fn more_ports_than_the_submission_queue_has_room_for_are_served_while_the_kernel
     rig.state().arrive(sockets + 1, Vec::new());
     assert_eq!(rig.worker.wait(None).unwrap().ready, 1);
     rig.end(());
+}
+
+// T1, T24
+#[test]
+fn a_worker_that_was_stopped_while_it_ended_leaks_nothing() {
+    if !ready() {
+        return;
+    }
+    let mut rig = Rig::new(1, 7);
+    rig.worker.wait(Some(Instant::now())).unwrap();
+    // All the time that is allowed goes by in the first call.
+    rig.state().stall = Duration::from_millis(2_100);
+    assert!(rig.worker.let_go(), "the kernel has let go");
 }
 
 /// Run by the test below, in a process whose count of leaked arenas is its own.

@@ -153,6 +153,9 @@ const MOST_UNPROVED: u32 = 1024;
 /// Packets beyond the buffers, between two questions whether they are superpackets that another holder switched on.
 const TRUNCATED_ASK: u64 = 1024;
 
+/// What ports are polled for. POLLRDHUP tells a socket with packets from one that was shut down, which is readable for good (`datagram_poll`).
+pub(super) const POLLED: libc::c_short = libc::POLLIN | libc::POLLRDHUP;
+
 /// One packet that lies in a slot and waits to be asked for.
 #[derive(Clone, Copy)]
 struct Received {
@@ -200,6 +203,8 @@ pub(super) struct Port {
     pub(super) armed: bool,
     /// Polling found an error on the socket: its error queue may hold reports.
     pub(super) errored: bool,
+    /// Polling found that another holder of the socket shut it down for reading.
+    pub(super) shut: bool,
     pub(super) burst: Burst,
     /// The last receive ended with a full batch: there may be more.
     pub(super) more: bool,
@@ -245,6 +250,7 @@ impl Port {
             endpoint,
             armed: false,
             errored: false,
+            shut: false,
             burst: Burst::default(),
             more: false,
             readable: false,
@@ -562,6 +568,7 @@ impl Port {
     pub(super) fn polled(&mut self, events: libc::c_short) {
         self.readable = events != 0;
         self.errored = events & libc::POLLERR != 0;
+        self.shut = events & libc::POLLRDHUP != 0;
     }
 
     /// There is no buffer to receive into. What lies in the kernel is found again once one came back.

@@ -21,7 +21,7 @@ use super::Context;
 use super::burst::{LONGEST, SUPERPACKETS};
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
 use super::outgoing::{Outbox, Writer};
-use super::port::{Delivery, Port, Ports};
+use super::port::{Delivery, POLLED, Port, Ports};
 use super::{handoff, udp};
 use crate::buf::{Batch, SizeClass};
 use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
@@ -34,6 +34,8 @@ const DOORBELL: u32 = 0;
 
 /// How long a worker that ends waits for the kernel to let go of its memory.
 const DRAIN_BOUND: Duration = Duration::from_secs(2);
+/// Tries to have it let go, at least: as many as fit into the bound if each one waits twice in vain.
+const DRAIN_ROUNDS: u32 = 10;
 /// How long a refusal to enter the ring (EAGAIN, EBUSY, ENOMEM) may last before it is an error of
 /// a wait, or, with writes in flight, the end of the ring.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -626,7 +628,7 @@ impl RingBackend {
         }
         // Where several come at a time, the first one is best received with the others.
         let entry = if port.is_udp() || port.burst.expects_several() {
-            opcode::PollAdd::new(Fixed(index as u32 + 1), libc::POLLIN as u32)
+            opcode::PollAdd::new(Fixed(index as u32 + 1), POLLED as u32)
                 .build()
                 .user_data(Tag::of(Tag::SOCKET, port.id.index, 0))
         } else {
@@ -1029,7 +1031,11 @@ impl RingBackend {
         let deadline = Instant::now() + DRAIN_BOUND;
         // What was pushed and never submitted is not in the kernel's hands.
         let unsubmitted = self.unsubmitted();
-        while self.books.outstanding > unsubmitted && Instant::now() < deadline {
+        let mut rounds = 0;
+        // Time alone would be over without a try where the thread was kept from running meanwhile:
+        // by load, by SIGSTOP, or with its whole machine.
+        while self.books.outstanding > unsubmitted && (rounds < DRAIN_ROUNDS || Instant::now() < deadline) {
+            rounds += 1;
             // Again in each round: a signal ends it early.
             let _ = self
                 .handle

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::Context;
 use super::config::Wait;
 use super::outgoing::{Outbox, Writer};
-use super::port::Ports;
+use super::port::{POLLED, Ports};
 use super::{handoff, udp};
 use crate::buf::Batch;
 use crate::error::PortError;
@@ -224,7 +224,7 @@ impl SyscallBackend {
             }
             self.poll_set.push(libc::pollfd {
                 fd: port.fd,
-                events: libc::POLLIN,
+                events: POLLED,
                 revents: 0,
             });
             self.polled.push(index);

@@ -5,14 +5,13 @@ use super::Context;
 use super::burst::LONGEST;
 use super::port::{Port, Sent, Weight, judge};
 use crate::buf::{Batch, PacketBuf};
-use crate::error::SocketErrno;
+use crate::error::{PortError, PortErrorKind, SocketErrno};
 use crate::sys::socket_options::SocketOptions;
 
 /// Reports of earlier datagrams (ICMP) that one receive takes note of before it gives up.
 const REPORTS: usize = 8;
 
-/// How often a datagram is sent again after reports of earlier ones. Each attempt clears one report, and a report can come for each
-/// datagram that is still on its way.
+/// How often a datagram is sent again after reports of earlier ones: one can come for each datagram that is still on its way.
 const ATTEMPTS: usize = 4 * LONGEST as usize;
 
 /// EMSGSIZE in a row that is taken to be about the datagram itself: the first of a batch, and the next ones.
@@ -102,6 +101,10 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
                     port.tally.system_calls.add(cx.datagrams.clear_errors(port.fd));
                 }
                 port.failed("recvmmsg", errno);
+                if port.shut && errno == libc::EAGAIN {
+                    // It stays readable, so that every wait would end at once: it cannot be waited for any more.
+                    port.set_gone(PortError::new(PortErrorKind::Gone, "shutdown", libc::ESHUTDOWN));
+                }
                 return;
             }
         }
@@ -160,7 +163,15 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -
             }
         };
         match verdict {
-            None => doubt.note(port, errno),
+            None => {
+                doubt.note(port, errno);
+                // Right before the next attempt, so that only what comes between the two calls can fail it: under
+                // a flood of ICMP there is one for each datagram that is tried otherwise.
+                port.tally.system_calls.add(1);
+                if let Some(report) = SocketOptions::take_report(port.fd) {
+                    port.tally.reported.add(report);
+                }
+            }
             Some(own) => {
                 if own == libc::EMSGSIZE {
                     too_long = TOO_LONG[1];
