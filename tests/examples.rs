@@ -393,15 +393,15 @@ fn udp_tunnel(backend: Backend) {
 /// come out behind the second one in order, and without a gap between the two.
 fn udp_tunnel_backpressure(backend: Backend) {
     need_program("tc", "iproute2");
-    const DATAGRAMS: u64 = 3000;
+    const DATAGRAMS: u64 = 400;
     let pair = Pair::new();
     // The queue has more room than the socket's send buffer, so that nothing is lost in it.
     let output = run(Command::new("tc")
         .args(["qdisc", "add", "dev", "near", "root", "tbf"])
-        // So slow that the receiver's socket, which holds a tenth of a second of it, never overflows.
+        // So slow that the second tunnel's socket, which holds more than half a second of it, does not overflow on a busy machine.
         .args([
             "rate",
-            &format!("{}kbit", 20_000 / common::slowness()),
+            &format!("{}kbit", 1_000 / common::slowness()),
             "burst",
             "16kb",
             "limit",

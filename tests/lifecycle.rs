@@ -23,11 +23,13 @@ fn main() {
     for backend in [Backend::IoUring, Backend::Syscalls] {
         let long = Duration::from_secs(150);
         // T31
-        for (queues, short) in [(1, 1_000), (2, 100), (8, 50)] {
-            let name = format!("{short} times made and dropped with {queues} queues, nothing is left {backend:?}");
+        for (queues, short) in [(1, 300), (2, 100), (8, 50)] {
+            let name = format!("made and dropped again and again with {queues} queues, nothing is left {backend:?}");
             let times = common::repeats(short, 10_000);
             trials.push(trial(name, move || cycles(backend, queues, times)).alone().bound(long));
         }
+        let name = format!("made and dropped again and again under a flood, nothing is left {backend:?}");
+        trials.push(trial(name, move || cycles_under_traffic(backend)).alone().bound(long));
         let name = format!("a read ended under traffic brings its packet, or leaves it {backend:?}");
         trials.push(trial(name, move || ended_reads(backend)));
         trials.push(trial(format!("changed under load {backend:?}"), move || {
@@ -101,7 +103,7 @@ fn driven(backend: Backend) -> (SinglePort, u32) {
 fn cycles(backend: Backend, queues: u32, times: usize) {
     need_backend(backend);
     let mut batch = Batch::with_capacity(64);
-    let mut cycle = || {
+    nothing_is_left(times, || {
         // The same name at once: the one before must be gone, or this is EBUSY.
         let device = Builder::new("t0", Mode::Tun)
             .queues(queues as usize)
@@ -121,25 +123,121 @@ fn cycles(backend: Backend, queues: u32, times: usize) {
         batch.clear();
         drop(worker);
         drop(Iface::without_packet_info("t0", Mode::Tun).unwrap());
+    });
+}
+
+/// The same under a flood, with packets received, sent, and on their way at the end.
+fn cycles_under_traffic(backend: Backend) {
+    need_backend(backend);
+    let netns = Namespace::current().unwrap();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _end = End(&over);
+        scope.spawn(|| flood(&netns, &over));
+        let mut batch = Batch::with_capacity(64);
+        nothing_is_left(repeats(60, 1_000), || {
+            let (mut port, _) = driven(backend);
+            let mut received = 0;
+            while received < 200 {
+                received += port.recv_many(&mut batch).unwrap();
+                let sent = port.send_many(&mut batch);
+                assert_eq!(sent.stopped, None);
+                batch.clear();
+            }
+            port.wait(Some(Instant::now())).unwrap(); // a read is armed
+        });
+    });
+}
+
+/// Ends a flood, also when a check fails.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Sends to the device until `over`; what is refused meanwhile is refused.
+fn flood(netns: &Namespace, over: &AtomicBool) {
+    let send = || {
+        let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+        while !over.load(Ordering::Relaxed) {
+            if socket.send_to(&[0; 100], (THERE, 9)).is_err() {
+                thread::sleep(Duration::from_micros(100)); // there is no device just now
+            }
+        }
     };
+    netns.run(send).unwrap();
+}
+
+/// Samples of a run of cycles.
+const SAMPLES: usize = 60;
+
+/// Repeats `cycle`: descriptors, resident and pinned memory must not rise with the number of cycles.
+fn nothing_is_left(times: usize, mut cycle: impl FnMut()) {
     (0..50).for_each(|_| cycle());
-    let (descriptors, threads, memory) = (
-        process::open_descriptors().unwrap(),
-        process::threads().unwrap().len(),
-        process::memory().unwrap(),
-    );
-    (0..times).for_each(|_| cycle());
+    // The kernel takes its time with pinned pages and closed rings.
+    let rest = || {
+        thread::sleep(Duration::from_millis(20));
+        process::memory().unwrap().pinned
+    };
+    let rest = (0..20).map(|_| rest()).min().unwrap();
+    let descriptors = process::open_descriptors().unwrap();
+    let threads = process::threads().unwrap().len();
+    let mut samples = Vec::with_capacity(2 * SAMPLES);
+    for cycles in 1..=times {
+        cycle();
+        if cycles % (times / SAMPLES).max(1) == 0 {
+            let pinned = settled(rest) as f64;
+            let resident = process::memory().unwrap().resident as f64;
+            let open = process::open_descriptors().unwrap() as f64;
+            samples.push((cycles as f64, [open, resident, pinned]));
+        }
+    }
+    for (place, what) in ["descriptors", "resident bytes", "pinned bytes"]
+        .into_iter()
+        .enumerate()
+    {
+        let points: Vec<_> = samples.iter().map(|&(cycles, all)| (cycles, all[place])).collect();
+        // What rises with each cycle does so all the time. A single step, such as the heap's, is none of it.
+        let thirds: Vec<_> = points.chunks(points.len().div_ceil(3)).map(slope).collect();
+        assert!(
+            thirds.iter().any(|(slope, margin)| slope - margin <= 0.0),
+            "{what} a cycle, in each third of the run: {thirds:?}; {points:?}"
+        );
+    }
     assert_eq!(process::open_descriptors().unwrap(), descriptors);
     assert_eq!(process::threads().unwrap().len(), threads);
-    // The kernel takes its time with pinned pages.
-    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
-    while process::memory().unwrap().pinned > memory.pinned && Instant::now() < deadline {
-        thread::sleep(Duration::from_millis(20));
-    }
-    let after = process::memory().unwrap();
-    assert!(after.pinned <= memory.pinned, "{after:?} {memory:?}");
-    assert!(after.resident <= memory.resident + (4 << 20), "{after:?} {memory:?}");
+    assert!(settled(rest) <= rest);
+    let (first, last) = (samples[0].1[1], samples[samples.len() - 1].1[1]);
+    assert!(last <= first + f64::from(4 << 20), "{first} bytes, then {last}");
     assert_eq!(leaked_arenas(), 0);
+}
+
+/// How much is pinned, as soon as that is no more than `rest`, or after a while.
+fn settled(rest: u64) -> u64 {
+    let deadline = Instant::now() + Duration::from_secs(5) * common::slowness();
+    loop {
+        let pinned = process::memory().unwrap().pinned;
+        if pinned <= rest || Instant::now() > deadline {
+            return pinned;
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// The least-squares slope of points, and half the width of its 95 % confidence interval.
+fn slope(points: &[(f64, f64)]) -> (f64, f64) {
+    let count = points.len() as f64;
+    let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / count;
+    let (x_mean, y_mean) = (mean(|point| point.0), mean(|point| point.1));
+    let sum = |of: &dyn Fn(f64, f64) -> f64| points.iter().map(|&(x, y)| of(x - x_mean, y - y_mean)).sum::<f64>();
+    let spread = sum(&|x, _| x * x);
+    let slope = sum(&|x, y| x * y) / spread;
+    let residuals = sum(&|x, y| (y - slope * x).powi(2));
+    // Student's t at 97.5 %, of 18 degrees of freedom; at most that for more.
+    (slope, 2.101 * (residuals / (count - 2.0) / spread).sqrt())
 }
 
 // T2
