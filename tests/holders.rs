@@ -44,6 +44,12 @@ fn main() {
     on_both(all, "rare frames with the right header are delivered", rare_frames);
     on_both(
         all,
+        "rare frames of several types are asked about once each",
+        rare_frames_mixed,
+    );
+    on_both(all, "what is no packet raises no suspicion when it is sent", no_packets);
+    on_both(
+        all,
         "offloads on a device without a header are set back by an engine",
         offloads_engine,
     );
@@ -373,6 +379,61 @@ fn rare_frames(backend: Backend) {
         let counters = worker.counters(port).unwrap();
         assert_eq!((counters.bad_headers, counters.set_back), (0, 0));
     }
+}
+
+/// A port asks about a type of frame once, not for each: the kernel's answer may take long. That it
+/// asked shows in offloads, which it would set back.
+fn rare_frames_mixed(backend: Backend) {
+    let mut shared = Shared::new(Mode::Tap, 1, Offloads::CSUM);
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    let mut batch = Batch::with_capacity(16);
+    let frame = |ether_type: [u8; 2], payload: &[u8]| [&BEYOND[..], &MAC, &ether_type, payload].concat();
+    // Of 60 bytes by its own header, with more behind it.
+    let ip = [&[0x45, 0, 0, 60][..], &[0; 140]].concat();
+    let frames = [
+        frame([0x88, 0x47], &[7; 100]),
+        frame([0x88, 0xcc], &[7; 100]),
+        frame([0x88, 0x64], &[7; 100]),
+        frame([8, 0], &ip),
+    ];
+    let mut pass = || {
+        for frame in &frames {
+            send_frame(shared.device.index(), frame);
+            receive(&mut worker, port, &mut batch, 1).unwrap();
+            assert_eq!(batch[0][..], frame[..]);
+            batch.clear();
+        }
+        worker.counters(port).unwrap().set_back
+    };
+    assert_eq!(pass(), 0);
+    set_offloads(&shared.other, TUN_F_CSUM | TUN_F_TSO4);
+    assert_eq!(pass(), 0, "it asked again");
+    send_frame(shared.device.index(), &frame([0x88, 0xe5], &[7; 100]));
+    receive(&mut worker, port, &mut batch, 1).ok();
+    assert_eq!(worker.counters(port).unwrap().set_back, 1, "a new type asks");
+}
+
+/// What is no packet is refused for that, and raises no suspicion against the header's size.
+fn no_packets(backend: Backend) {
+    let mut shared = Shared::new(Mode::Tun, 1, Offloads::CSUM);
+    let spec = shared.outgoing();
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    set_offloads(&shared.other, TUN_F_CSUM | TUN_F_TSO4);
+    let mut batch = Batch::with_capacity(8);
+    (0..8).for_each(|_| batch.push(worker.packet_from(&[0x11; 100]).unwrap()).unwrap());
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused), (0, 8), "{sent:?}");
+    assert_eq!(worker.counters(port).unwrap().set_back, 0, "it asked");
+    // One that is a packet does, among others that are none.
+    set_header(&shared.other, 12);
+    let mut batch = Batch::with_capacity(8);
+    batch.push(worker.packet_from(&[0x11; 100]).unwrap()).unwrap();
+    batch.push(build(&worker, &spec, 200, 0)).unwrap();
+    let sent = worker.send_many(port, &mut batch);
+    assert_eq!(sent.refused, 2, "{sent:?}");
+    assert_eq!(header(&shared.other), 10);
 }
 
 /// Whether packets come with their checksums, as a device without a header must hand them out.

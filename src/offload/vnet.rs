@@ -324,9 +324,28 @@ pub(crate) fn stands_further_on(packet: &[u8], link: Link) -> bool {
     })
 }
 
-/// The EtherType of a frame that has a whole Ethernet header, if it is none of the common ones.
+/// The EtherType of a frame that does not stand in place and may still be right: it is none of the
+/// common ones, or the frame has bytes behind its IP packet.
 pub(crate) fn rare_type(frame: &[u8]) -> Option<u16> {
-    ether_type(frame).filter(|ether_type| !COMMON_TYPES.contains(ether_type))
+    let ether_type = ether_type(frame)?;
+    let version = match ether_type {
+        ETHERTYPE_IPV4 => 4,
+        ETHERTYPE_IPV6 => 6,
+        _ => return (!COMMON_TYPES.contains(&ether_type)).then_some(ether_type),
+    };
+    let packet = &frame[ETHERNET_LEN..];
+    let has_trailer = packet.first().is_some_and(|first| first >> 4 == version)
+        && ip_len(packet).is_some_and(|len| len < packet.len());
+    has_trailer.then_some(ether_type)
+}
+
+/// Whether the driver refuses a packet for its content, whatever the size of its header
+/// (`tun_get_user` in drivers/net/tun.c).
+pub(crate) fn is_no_packet(packet: &[u8], link: Link) -> bool {
+    match link {
+        Link::None => !matches!(packet.first().map(|first| first >> 4), Some(4 | 6)),
+        Link::Ethernet => packet.len() < ETHERNET_LEN,
+    }
 }
 
 /// The EtherType of a frame that has a whole Ethernet header.
@@ -338,17 +357,22 @@ fn ether_type(frame: &[u8]) -> Option<u16> {
 /// Whether it is an IP packet whose header gives exactly its length.
 #[inline]
 fn is_exact_ip(packet: &[u8]) -> bool {
+    ip_len(packet) == Some(packet.len())
+}
+
+/// The length of an IP packet by its header.
+#[inline]
+fn ip_len(packet: &[u8]) -> Option<usize> {
     /// Where the length stands, and what it does not count.
     const V4: (usize, usize) = (2, 0);
     const V6: (usize, usize) = (4, 40);
-    let (at, more) = match packet.first().map(|first| first >> 4) {
-        Some(4) => V4,
-        Some(6) => V6,
-        _ => return false,
+    let (at, more) = match packet.first()? >> 4 {
+        4 => V4,
+        6 => V6,
+        _ => return None,
     };
-    packet
-        .get(at..at + 2)
-        .is_some_and(|length| usize::from(u16::from_be_bytes([length[0], length[1]])) + more == packet.len())
+    let length = packet.get(at..at + 2)?;
+    Some(usize::from(u16::from_be_bytes([length[0], length[1]])) + more)
 }
 
 impl fmt::Display for VnetFault {
@@ -396,6 +420,13 @@ mod tests {
                     (Link::Ethernet, frame(ether_type, &packet)),
                 ] {
                     assert!(stands_in_place(&bytes, link) && !stands_further_on(&bytes, link));
+                    assert!(!is_no_packet(&bytes, link));
+                    if link == Link::Ethernet {
+                        assert_eq!(rare_type(&bytes), None, "{len}");
+                        let longer = [&bytes[..], &[0; 40]].concat();
+                        assert_eq!(rare_type(&longer), Some(ether_type), "{len}");
+                        assert_eq!(rare_type(&bytes[..bytes.len() - 1]), None, "{len}");
+                    }
                     for shift in [1, 2, 4, 10, 14, 62] {
                         // The kernel leaves zeros between a longer header and the packet, or what was there before.
                         for filler in [vec![0; shift], bytes[..shift.min(bytes.len())].to_vec()] {
@@ -420,6 +451,7 @@ mod tests {
                 for link in [Link::None, Link::Ethernet] {
                     let bytes = vec![byte; len];
                     let _ = (stands_in_place(&bytes, link), stands_further_on(&bytes, link));
+                    let _ = (rare_type(&bytes), is_no_packet(&bytes, link));
                 }
             }
         }

@@ -19,7 +19,7 @@ use crate::error::PortError;
 use crate::offload::checksum::pseudo_header;
 use crate::offload::coalesce::HEADERS_MAX;
 use crate::offload::headers::{self, Headers};
-use crate::offload::{GroTable, Gso, GsoType, Limits, Link, Meta, Offloads, Sum, Trust, VnetHdr};
+use crate::offload::{GroTable, Gso, GsoType, Limits, Link, Meta, Offloads, Sum, Trust, VnetHdr, vnet};
 
 /// Packets that are looked at together, for merging.
 pub(super) const WINDOW: usize = 128;
@@ -479,8 +479,20 @@ fn run(
             packets: writes[place].packets,
         }
     });
-    // Behind a header of another size than the device's, nothing is a packet.
-    let is_refused = refused.is_some() || sent.refusal.is_some_and(|error| error.raw_os_error() == libc::EINVAL);
+    // Behind a header of another size than the device's, nothing is a packet. What is none by itself
+    // raises no suspicion: a peer that sends such packets must not make this thread ask each time.
+    let link = port.outgoing.link;
+    let is_suspect = |place: usize| {
+        let first = writes[..place]
+            .iter()
+            .map(|write| write.packets as usize)
+            .sum::<usize>();
+        let member = outbox.members.get(first);
+        member.is_none_or(|&member| !vnet::is_no_packet(&batch[usize::from(member)], link))
+    };
+    let is_refused = refused.is_some()
+        || sent.refusal.is_some_and(|error| error.raw_os_error() == libc::EINVAL)
+            && (0..results.len()).any(|place| results[place] == -libc::EINVAL && is_suspect(place));
     let restored = is_refused && port.outgoing.vnet && port.restore();
     for (write, &result) in writes.iter().zip(results) {
         let Some(kind) = write.kind else { continue };

@@ -183,8 +183,9 @@ struct HeaderPlace {
     restored: u32,
     /// Packets read before it was set back may still come: at most that many.
     strays: u32,
-    /// An uncommon type of frame that stood in place when the kernel was asked.
-    known_type: Option<u16>,
+    /// Uncommon types of frames that stood in place when the kernel was asked, the latest first: a
+    /// bridge may mix some, and the kernel cannot be asked for each frame.
+    known_types: [Option<u16>; 4],
 }
 
 pub(super) struct Port {
@@ -431,13 +432,16 @@ impl Port {
             return true;
         }
         let ether_type = vnet::rare_type(packet).filter(|_| link == Link::Ethernet);
-        if ether_type.is_some() && ether_type == self.place.known_type {
+        if ether_type.is_some() && self.place.known_types.contains(&ether_type) {
             return false;
         }
         if self.restore() {
             return true;
         }
-        self.place.known_type = ether_type;
+        if ether_type.is_some() {
+            self.place.known_types.rotate_right(1);
+            self.place.known_types[0] = ether_type;
+        }
         false
     }
 
