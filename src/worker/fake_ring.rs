@@ -628,7 +628,7 @@ fn whatever_the_ring_does_each_packet_and_each_buffer_is_accounted_for() {
         return;
     }
     let cases = if std::env::var_os("TUN_DRIVER_LONG").is_some_and(|long| long != "0" && !long.is_empty()) {
-        20_000
+        5_000
     } else {
         200
     };
