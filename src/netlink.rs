@@ -367,27 +367,25 @@ impl Handle {
     pub(crate) fn routes_to(&self, net: IpAddr, prefix: u8) -> io::Result<Vec<Route>> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(net);
-        let answers = self.request(
+        // Of a table that may have a million, few are kept.
+        self.gather(
             "RTM_GETROUTE (dump)",
             RouteNetlinkMessage::GetRoute(message),
             NLM_F_DUMP,
-        )?;
-        let routes = answers
-            .into_iter()
-            .filter_map(|answer| parse_route(answer, net, prefix));
-        Ok(routes.collect())
+            |answer| parse_route(answer, net, prefix),
+        )
     }
 
     /// The addresses of all links, of the family of `like`: link, address, length of the prefix.
     pub(crate) fn addresses(&self, like: IpAddr) -> io::Result<Vec<(u32, IpAddr, u8)>> {
         let mut message = AddressMessage::default();
         message.header.family = family(like);
-        let answers = self.request(
+        self.gather(
             "RTM_GETADDR (dump)",
             RouteNetlinkMessage::GetAddress(message),
             NLM_F_DUMP,
-        )?;
-        Ok(answers.into_iter().filter_map(parse_address).collect())
+            parse_address,
+        )
     }
 
     /// Removes the route to `net`/`prefix`. ESRCH if there is none.
@@ -488,6 +486,17 @@ impl Handle {
         message: RouteNetlinkMessage,
         flags: u16,
     ) -> io::Result<Vec<RouteNetlinkMessage>> {
+        self.gather(request, message, flags, Some)
+    }
+
+    /// The same, of the answers what `keep` makes of them.
+    fn gather<T>(
+        &self,
+        request: &'static str,
+        message: RouteNetlinkMessage,
+        flags: u16,
+        keep: impl Fn(RouteNetlinkMessage) -> Option<T>,
+    ) -> io::Result<Vec<T>> {
         let sequence = self.sequence.get().wrapping_add(1);
         self.sequence.set(sequence);
         let mut header = NetlinkHeader::default();
@@ -521,7 +530,7 @@ impl Handle {
                     NetlinkPayload::Error(error) if error.code.is_none() => return Ok(answers),
                     NetlinkPayload::Error(error) => return Err(refused(request, &error)),
                     NetlinkPayload::Done(_) => return Ok(answers),
-                    NetlinkPayload::InnerMessage(answer) => answers.push(answer),
+                    NetlinkPayload::InnerMessage(answer) => answers.extend(keep(answer)),
                     _ => {}
                 }
             }
