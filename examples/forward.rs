@@ -83,7 +83,8 @@ fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), String> {
     // What is received goes behind what the last round left, so that the order stays. A full batch receives nothing.
     match worker.try_recv_many(way.from, &mut way.batch) {
         Err(error) if error.is_permanent() => return Err(cli::named(worker, way.from, &error)),
-        // Others are returned once and are over: a packet was too long, or buffers ran out. The counters have them.
+        // Others are returned once and are over: a packet was too long, or buffers ran out. The
+        // counters have them.
         Err(error) => cli::print_passing(worker, way.from, &error),
         Ok(_) => {}
     }

@@ -186,7 +186,8 @@ fn send(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), Stri
     }
 }
 
-/// Receives what is there. What passes is printed: a packet that was too long, buffers that ran out. What is permanent is an error.
+/// Receives what is there. What passes is printed: a packet that was too long, buffers that ran
+/// out. What is permanent is an error.
 fn receive(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), String> {
     match worker.try_recv_many(port, batch) {
         Err(error) if error.is_permanent() => return Err(cli::named(worker, port, &error)),

@@ -51,8 +51,8 @@ pub(crate) fn open_node(nonblocking: bool) -> Result<OwnedFd, OpenError> {
 /// How long a name that is taken may be that of a device which is about to go.
 const GOING: Duration = Duration::from_millis(200);
 
-/// Like [`set_iff`], but waits a moment for a TUN/TAP device that is in the way: after its holder was killed it stays for some tens of
-/// milliseconds, until the kernel has taken its rings apart.
+/// Like [`set_iff`], but waits a moment for a TUN/TAP device that is in the way: after its holder
+/// was killed it stays for some tens of milliseconds, until the kernel has taken its rings apart.
 pub(crate) fn set_iff_once_free(
     fd: BorrowedFd<'_>,
     name: &IfName,

@@ -212,8 +212,9 @@ impl Builder {
 
     /// Adds an address with the length of its prefix. May be called again for more.
     ///
-    /// [`open`](Self::open) refuses an address whose network another device that is up has already (EEXIST, with the name of that
-    /// device): the kernel would take it and send to that network through the other device. Single addresses (/32, /128) may be shared.
+    /// [`open`](Self::open) refuses an address whose network another device that is up has already
+    /// (EEXIST, with the name of that device): the kernel would take it and send to that network
+    /// through the other device. Single addresses (/32, /128) may be shared.
     #[cfg(feature = "netlink")]
     pub fn address(mut self, address: impl Into<IpAddr>, prefix: u8) -> Self {
         self.addresses.push((address.into(), prefix));
@@ -223,8 +224,9 @@ impl Builder {
     /// Adds a route through the device to `destination`/`prefix`, by way of `gateway` if there is one. The device must be
     /// [`up`](Self::up). May be called again for more.
     ///
-    /// A route that exists already is no error if it is this one. If packets to exactly this destination take another route of the main
-    /// table, [`open`](Self::open) fails with EEXIST and names the device that they go through. Longer prefixes are not looked at.
+    /// A route that exists already is no error if it is this one. If packets to exactly this
+    /// destination take another route of the main table, [`open`](Self::open) fails with EEXIST and
+    /// names the device that they go through. Longer prefixes are not looked at.
     #[cfg(feature = "netlink")]
     pub fn route(mut self, destination: impl Into<IpAddr>, prefix: u8, gateway: Option<IpAddr>) -> Self {
         self.routes.push(Route {
@@ -237,7 +239,8 @@ impl Builder {
 
     /// Opens the device and all its queues, and applies the settings. Flags are read back from each queue and compared.
     ///
-    /// A name that is in use by a TUN or TAP device is tried again for 200 ms: the device of a program that was killed stays for a moment.
+    /// A name that is in use by a TUN or TAP device is tried again for 200 ms: the device of a
+    /// program that was killed stays for a moment.
     ///
     /// If any step fails, everything opened is closed, and a device that was created here is gone. Settings changed on a device that
     /// existed before ([`attach_existing`](Self::attach_existing)) stay changed.
@@ -487,7 +490,8 @@ impl Builder {
             } = route;
             let added = netlink.add_route(destination, prefix, gateway, device.index());
             match added {
-                // Another metric is another route: the kernel takes both, and packets follow the lesser one. IPv4 routes get the least.
+                // Another metric is another route: the kernel takes both, and packets follow the
+                // lesser one. IPv4 routes get the least.
                 Ok(()) if destination.is_ipv6() => check_route(&netlink, device.index(), route)?,
                 Err(error) if netlink_errno(&error) == Some(libc::EEXIST) => {
                     check_route(&netlink, device.index(), route)?;
@@ -622,8 +626,9 @@ fn open_netlink() -> Result<Handle, OpenError> {
     })
 }
 
-/// Refuses an address whose network another device that is up has already: the kernel takes it, and sends to that network through the other
-/// device. A single address (/32, /128) has no network, and tunnels may share one.
+/// Refuses an address whose network another device that is up has already: the kernel takes it, and
+/// sends to that network through the other device. A single address (/32, /128) has no network, and
+/// tunnels may share one.
 #[cfg(feature = "netlink")]
 fn check_network(netlink: &Handle, index: u32, address: IpAddr, prefix: u8) -> Result<(), OpenError> {
     if prefix == if address.is_ipv4() { 32 } else { 128 } {
@@ -656,7 +661,8 @@ fn check_network(netlink: &Handle, index: u32, address: IpAddr, prefix: u8) -> R
     Ok(())
 }
 
-/// Whether packets to the destination really take this route: over this device, and by the gateway asked for.
+/// Whether packets to the destination really take this route: over this device, and by the gateway
+/// asked for.
 #[cfg(feature = "netlink")]
 fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenError> {
     let subject = format!("the route to {}/{}", asked.destination, asked.prefix);
@@ -666,7 +672,8 @@ fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenEr
     let is_ours = |route: &netlink::Route| {
         route.gateway == asked.gateway && !route.links.is_empty() && route.links.iter().all(|&link| link == index)
     };
-    // The first of those with the least metric is the one in use; of IPv6 routes without gateway, that is the oldest.
+    // The first of those with the least metric is the one in use; of IPv6 routes without gateway,
+    // that is the oldest.
     let Some(used) = routes.iter().min_by_key(|route| route.metric) else {
         // It was there a moment ago, or is in no table that can be listed.
         let error = io::Error::from_raw_os_error(libc::EEXIST);

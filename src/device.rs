@@ -18,14 +18,17 @@ use crate::sys::tun;
 
 /// The settings of a device, apart from its queues: a handle for the control side, which any thread may hold and copy.
 ///
-/// It speaks of the device by its index, in the network namespace where the device was when this handle was made, so it follows a device
-/// that is renamed, and does not follow one that is moved to another namespace. It keeps no queue and no device alive: once the device
-/// has left that namespace, by deletion or by a move, every call fails with ENODEV for good, also when another device takes its name or its
-/// index, and when it comes back.
+/// It speaks of the device by its index, in the network namespace where the device was when this
+/// handle was made, so it follows a device that is renamed, and does not follow one that is moved
+/// to another namespace. It keeps no queue and no device alive: once the device has left that
+/// namespace, by deletion or by a move, every call fails with ENODEV for good, also when another
+/// device takes its name or its index, and when it comes back.
 ///
-/// The kernel's notice of that departure (rtnetlink) is looked for before and after each call. A change that races with the departure
-/// itself may still reach a device that took the name in that moment; the call then fails with ENODEV. Where a sandbox refuses netlink
-/// sockets, the driver and the mode of the device that has the index are compared instead, which cannot tell one TUN device from another.
+/// The kernel's notice of that departure (rtnetlink) is looked for before and after each call. A
+/// change that races with the departure itself may still reach a device that took the name in that
+/// moment; the call then fails with ENODEV. Where a sandbox refuses netlink sockets, the driver and
+/// the mode of the device that has the index are compared instead, which cannot tell one TUN device
+/// from another.
 ///
 /// Changing a setting takes CAP_NET_ADMIN (EPERM without it), asking does not. The calls are the ioctls of netdevice(7).
 #[derive(Clone, Debug)]
@@ -127,7 +130,8 @@ impl Device {
         self.inner.offloads.get()
     }
 
-    /// What the device leaves unfinished or uncut now, also if another holder of it switched that on.
+    /// What the device leaves unfinished or uncut now, also if another holder of it switched that
+    /// on.
     pub(crate) fn active_offloads(&self) -> io::Result<Offloads> {
         self.call(ControlSocket::active_offloads).map(attach::offloads_of)
     }
@@ -149,11 +153,12 @@ impl Device {
 
     /// Changes the length of every queue, in packets. Packets that find no room in a shorter queue are lost and counted nowhere.
     ///
-    /// In a user namespace this takes the feature `netlink`: the ioctl wants CAP_NET_ADMIN in the initial one.
+    /// In a user namespace this takes the feature `netlink`: the ioctl wants CAP_NET_ADMIN in the
+    /// initial one.
     pub fn set_txqueuelen(&self, packets: u32) -> io::Result<()> {
         match self.call(|control, name| control.set_tx_queue_len(name, packets)) {
-            // This ioctl alone wants CAP_NET_ADMIN in the initial user namespace (`dev_ioctl` in net/core/dev_ioctl.c); rtnetlink wants it
-            // in the one that owns the network namespace.
+            // This ioctl alone wants CAP_NET_ADMIN in the initial user namespace (`dev_ioctl` in
+            // net/core/dev_ioctl.c); rtnetlink wants it in the one that owns the network namespace.
             #[cfg(feature = "netlink")]
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
                 self.name()?;
@@ -261,13 +266,15 @@ impl Device {
         }
     }
 
-    /// What stands for the device itself, wherever it is: compared by address, it is the same for all its handles and queues.
+    /// What stands for the device itself, wherever it is: compared by address, it is the same for
+    /// all its handles and queues.
     #[cfg(feature = "engine")]
     pub(crate) fn mark(&self) -> &Arc<SharedOffloads> {
         &self.inner.offloads
     }
 
-    /// A handle for the same device in the namespace that it was moved to, which is asked of a queue of it.
+    /// A handle for the same device in the namespace that it was moved to, which is asked of a
+    /// queue of it.
     #[cfg(feature = "engine")]
     pub(crate) fn follow(&self, queue: &impl AsFd) -> io::Result<Self> {
         // Takes CAP_NET_ADMIN there, and entering takes CAP_SYS_ADMIN.
@@ -284,7 +291,8 @@ impl Device {
         Ok(in_netns(&netns, here)??)
     }
 
-    /// Makes a call that takes the name of the device, which must mean the same device before and after.
+    /// Makes a call that takes the name of the device, which must mean the same device before and
+    /// after.
     fn call<T>(&self, call: impl Fn(&ControlSocket, &IfName) -> io::Result<T>) -> io::Result<T> {
         /// Renames that may come in between.
         const TRIES: usize = 16;

@@ -6,11 +6,12 @@ use std::sync::OnceLock;
 
 /// Why a device, a queue or a worker could not be opened.
 ///
-/// It keeps the call that failed and its errno, and says the likely cause in words; [`source`](std::error::Error::source) is the
-/// [`io::Error`] of that errno.
+/// It keeps the call that failed and its errno, and says the likely cause in words;
+/// [`source`](std::error::Error::source) is the [`io::Error`] of that errno.
 ///
-/// It converts into an [`io::Error`] of the same [`kind`](io::Error::kind) and text. Such an error carries no errno of its own:
-/// its `raw_os_error()` is `None`, since std keeps either a text or a number. Both are inside:
+/// It converts into an [`io::Error`] of the same [`kind`](io::Error::kind) and text. Such an error
+/// carries no errno of its own: its `raw_os_error()` is `None`, since std keeps either a text or a
+/// number. Both are inside:
 ///
 /// ```
 /// use std::error::Error;
@@ -141,9 +142,11 @@ impl From<OpenError> for io::Error {
 
 /// Why packets could not be moved through a port.
 ///
-/// [`kind`](Self::kind) sorts the errnos by what the caller should do; the errno and the call are kept. The caller knows the port; in messages,
-/// put [`Worker::port_name`](crate::Worker::port_name) in front. [`source`](std::error::Error::source) is the [`io::Error`] of the errno, also
-/// after conversion into an [`io::Error`], as with [`OpenError`].
+/// [`kind`](Self::kind) sorts the errnos by what the caller should do; the errno and the call are
+/// kept. The caller knows the port; in messages, put
+/// [`Worker::port_name`](crate::Worker::port_name) in front. [`source`](std::error::Error::source)
+/// is the [`io::Error`] of the errno, also after conversion into an [`io::Error`], as with
+/// [`OpenError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PortError {
     kind: PortErrorKind,
@@ -155,9 +158,10 @@ pub struct PortError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PortErrorKind {
-    /// The device or socket no longer exists, or the port was detached. Permanent: stop using the port. For a queue: EBADFD, ENODEV,
-    /// EBADF, ENXIO, and EFAULT after deletion. For a socket only EBADF and ENOTSOCK, and ESHUTDOWN where another holder
-    /// shut it down for reading: every other errno concerns one datagram.
+    /// The device or socket no longer exists, or the port was detached. Permanent: stop using the
+    /// port. For a queue: EBADFD, ENODEV, EBADF, ENXIO, and EFAULT after deletion. For a socket
+    /// only EBADF and ENOTSOCK, and ESHUTDOWN where another holder shut it down for reading: every
+    /// other errno concerns one datagram.
     Gone,
     /// The device is administratively down (EIO). Writes work again once it is up.
     Down,
@@ -168,8 +172,9 @@ pub enum PortErrorKind {
     Truncated,
     /// The kernel refused a packet for its content (EINVAL, EMSGSIZE). The packet is dropped and counted, the port goes on.
     BadPacket,
-    /// Another holder of the device changed the size of its virtio-net header or switched on offloads, or made the descriptor blocking. This was
-    /// set back; what came in between in the wrong shape was dropped and counted.
+    /// Another holder of the device changed the size of its virtio-net header or switched on
+    /// offloads, or made the descriptor blocking. This was set back; what came in between in the
+    /// wrong shape was dropped and counted.
     Changed,
     /// No free buffer is left for this port; packets wait in the kernel until some are given back.
     NoBuffers,
@@ -189,8 +194,8 @@ impl PortError {
         Self { kind, call, errno }
     }
 
-    /// The error of a call on a socket. A route, an interface or a peer that is gone is a matter of one datagram, so only a dead
-    /// descriptor is permanent, and a socket is never down.
+    /// The error of a call on a socket. A route, an interface or a peer that is gone is a matter of
+    /// one datagram, so only a dead descriptor is permanent, and a socket is never down.
     pub(crate) fn from_socket_errno(call: &'static str, errno: i32) -> Self {
         let kind = match SocketErrno::of(errno) {
             SocketErrno::Dead => PortErrorKind::Gone,
@@ -228,8 +233,9 @@ impl PortError {
 
 /// What an errno of recvmmsg(2) or sendmmsg(2) is about.
 ///
-/// The kernel keeps an error that ICMP reports (`sk_err`, `udp_err` in net/ipv4/udp.c) and returns it from the next call on the socket,
-/// whichever datagram that call is about. It clears the error by that, and has neither received nor sent anything.
+/// The kernel keeps an error that ICMP reports (`sk_err`, `udp_err` in net/ipv4/udp.c) and returns
+/// it from the next call on the socket, whichever datagram that call is about. It clears the error
+/// by that, and has neither received nor sent anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SocketErrno {
     /// The descriptor is no socket any more.
@@ -240,7 +246,8 @@ pub(crate) enum SocketErrno {
     Interrupted,
     /// A report about an earlier datagram: no call returns this errno for a datagram of its own.
     Reported,
-    /// A report about an earlier datagram, or the datagram has no route, is too long, or may not be sent.
+    /// A report about an earlier datagram, or the datagram has no route, is too long, or may not be
+    /// sent.
     Ambiguous,
     /// The datagram that was to be sent.
     Datagram,

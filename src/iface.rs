@@ -77,8 +77,9 @@ impl Iface {
     ///
     /// # Errors
     ///
-    /// Those of open(2) and of the TUNSETIFF ioctl. Each has an [`OpenError`](crate::OpenError) inside (`get_ref`), whose text names the
-    /// call, the likely cause and a remedy, and whose `raw_os_error` is the errno; the [`kind`](io::Error::kind) is that of the errno.
+    /// Those of open(2) and of the TUNSETIFF ioctl. Each has an [`OpenError`](crate::OpenError)
+    /// inside (`get_ref`), whose text names the call, the likely cause and a remedy, and whose
+    /// `raw_os_error` is the errno; the [`kind`](io::Error::kind) is that of the errno.
     /// `raw_os_error` of the [`io::Error`] itself is `None`, as of every one that has a text:
     ///
     /// ```no_run
@@ -119,17 +120,19 @@ impl Iface {
 
     /// Waits for a packet and puts it into `buf`. Returns how many bytes of `buf` it fills, packet information included.
     ///
-    /// A packet longer than `buf` is cut, and the rest is lost. So `buf` should be as long as the device's MTU, plus 14 bytes of Ethernet
-    /// header for TAP (18 with a VLAN tag, 22 with two), plus 4 bytes of packet information if there is any. An empty `buf` gives 0 and takes no packet.
+    /// A packet longer than `buf` is cut, and the rest is lost. So `buf` should be as long as the
+    /// device's MTU, plus 14 bytes of Ethernet header for TAP (18 with a VLAN tag, 22 with two),
+    /// plus 4 bytes of packet information if there is any. An empty `buf` gives 0 and takes no
+    /// packet.
     ///
     /// It is one read(2) on the device and blocks as that does. The descriptor can be made non-blocking (through
     /// [`as_raw_fd`](AsRawFd::as_raw_fd)); an empty queue is then EAGAIN ([`WouldBlock`](io::ErrorKind::WouldBlock)).
     ///
     /// # Errors
     ///
-    /// EBADFD, or EFAULT if it was waiting at that moment: the device was deleted; such an error has a
-    /// [`PortError`](crate::PortError) inside, which says so. EINTR: a signal handler ran. EINVAL: `buf` is
-    /// shorter than the packet information.
+    /// EBADFD, or EFAULT if it was waiting at that moment: the device was deleted; such an error
+    /// has a [`PortError`](crate::PortError) inside, which says so. EINTR: a signal handler ran.
+    /// EINVAL: `buf` is shorter than the packet information.
     pub fn recv(&self, buf: &mut [u8]) -> io::Result<usize> {
         (&self.file).read(buf).map_err(|error| explain("read", error))
     }
@@ -166,7 +169,8 @@ impl Iface {
     }
 }
 
-/// Says what the errnos of a deleted device mean. All others may be about one packet or one moment: they stay as they are, and cost nothing.
+/// Says what the errnos of a deleted device mean. All others may be about one packet or one moment:
+/// they stay as they are, and cost nothing.
 fn explain(call: &'static str, error: io::Error) -> io::Error {
     match error.raw_os_error() {
         Some(errno @ (libc::EBADFD | libc::EFAULT)) => PortError::from_errno(call, errno).into(),

@@ -363,7 +363,8 @@ impl Handle {
         self.act("RTM_NEWROUTE (blackhole)", message, NLM_F_CREATE | NLM_F_EXCL)
     }
 
-    /// The routes of the main table to exactly `net`/`prefix`, as the kernel lists them: equal metrics in the order of its choice.
+    /// The routes of the main table to exactly `net`/`prefix`, as the kernel lists them: equal
+    /// metrics in the order of its choice.
     pub(crate) fn routes_to(&self, net: IpAddr, prefix: u8) -> io::Result<Vec<Route>> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(net);
@@ -735,7 +736,8 @@ fn parse_route(answer: RouteNetlinkMessage, net: IpAddr, prefix: u8) -> Option<R
         return None;
     };
     let header = &message.header;
-    // A dump is of all tables and families where the kernel does not filter, and lists cached exceptions on some.
+    // A dump is of all tables and families where the kernel does not filter, and lists cached
+    // exceptions on some.
     if header.address_family != family(net)
         || header.table != RouteHeader::RT_TABLE_MAIN
         || header.destination_prefix_length != prefix

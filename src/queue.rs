@@ -45,8 +45,9 @@ pub struct Granted {
     pub persist: bool,
     /// What the kernel may hand over unfinished or uncut. The same may be sent so.
     pub offloads: Offloads,
-    /// Enabled queues of the device now, those of other processes included; `None` where it is not known: without the feature `netlink`, for
-    /// a single-queue device, for adopted queues whose namespace the kernel does not tell, and after a move to another namespace.
+    /// Enabled queues of the device now, those of other processes included; `None` where it is not
+    /// known: without the feature `netlink`, for a single-queue device, for adopted queues whose
+    /// namespace the kernel does not tell, and after a move to another namespace.
     pub queues: Option<u32>,
     /// Disabled queues of the device now, likewise.
     pub disabled_queues: Option<u32>,
@@ -331,7 +332,8 @@ pub(crate) struct QueueInfo {
     pub(crate) vnet_hdr: bool,
     /// The same for all queues and handles of a device, and for those of no other device.
     pub(crate) offloads: Arc<SharedOffloads>,
-    /// The way to ask about the device; `None` for an adopted queue whose namespace the kernel does not tell.
+    /// The way to ask about the device; `None` for an adopted queue whose namespace the kernel does
+    /// not tell.
     pub(crate) device: Option<Device>,
 }
 
@@ -407,7 +409,8 @@ impl Queue {
         Ok(name.lossy().into_owned())
     }
 
-    /// The handle for the device's settings; `None` for a queue that was adopted where the kernel does not tell its namespace.
+    /// The handle for the device's settings; `None` for a queue that was adopted where the kernel
+    /// does not tell its namespace.
     #[cfg(feature = "engine")]
     pub(crate) fn device(&self) -> Option<&Device> {
         self.info.device.as_ref()
@@ -468,12 +471,14 @@ impl Queue {
         granted
     }
 
-    /// Asks the kernel whether another holder of the device changed the size of its header, or switched on more offloads than were granted
-    /// here, and sets that back. `None` if not, or if the device is gone.
+    /// Asks the kernel whether another holder of the device changed the size of its header, or
+    /// switched on more offloads than were granted here, and sets that back. `None` if not, or if
+    /// the device is gone.
     ///
-    /// Fewer offloads than granted are left alone: nothing comes in another shape for it, and an administrator may want it so (ethtool -K).
-    /// The requests wait for the kernel's lock of all network settings (rtnl_lock in __tun_chr_ioctl, drivers/net/tun.c), which others may
-    /// hold for long.
+    /// Fewer offloads than granted are left alone: nothing comes in another shape for it, and an
+    /// administrator may want it so (ethtool -K). The requests wait for the kernel's lock of all
+    /// network settings (rtnl_lock in __tun_chr_ioctl, drivers/net/tun.c), which others may hold
+    /// for long.
     pub(crate) fn restore(&self) -> Option<Changed> {
         let info = &*self.info;
         let mut changed = self.restore_nonblocking().unwrap_or(Changed::NOTHING);
@@ -496,7 +501,8 @@ impl Queue {
         (changed != Changed::NOTHING).then_some(changed)
     }
 
-    /// Makes the descriptor non-blocking again if another holder of the same open file made it blocking. One call (F_GETFL) if not.
+    /// Makes the descriptor non-blocking again if another holder of the same open file made it
+    /// blocking. One call (F_GETFL) if not.
     #[inline]
     pub(crate) fn restore_nonblocking(&self) -> Option<Changed> {
         let flags = tun::status_flags(self.as_fd()).ok()?;

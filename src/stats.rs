@@ -47,7 +47,8 @@ pub struct Counters {
     pub foreign_sent: u64,
     /// Of the packets received, superpackets: each counts as one packet.
     pub received_superpackets: u64,
-    /// Packets whose virtio-net header contradicted them, or that stood elsewhere than the header's size says; they were dropped.
+    /// Packets whose virtio-net header contradicted them, or that stood elsewhere than the header's
+    /// size says; they were dropped.
     pub bad_headers: u64,
     /// Superpackets that the kernel took in one write: passed on as they came, or merged.
     pub sent_superpackets: u64,
@@ -61,10 +62,11 @@ pub struct Counters {
     pub cut_segments: u64,
     /// Superpackets that the kernel refused, and that went in pieces.
     pub offloads_refused: u64,
-    /// Errors that the network reported to a socket about earlier datagrams (ICMP), by errno. No packet counts as refused for them.
+    /// Errors that the network reported to a socket about earlier datagrams (ICMP), by errno. No
+    /// packet counts as refused for them.
     pub reported: ErrnoCounts,
-    /// Times that another holder of the device had changed the size of its header or its offloads, or had made the descriptor blocking, and this
-    /// port set that back.
+    /// Times that another holder of the device had changed the size of its header or its offloads,
+    /// or had made the descriptor blocking, and this port set that back.
     pub set_back: u64,
 }
 

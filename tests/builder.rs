@@ -263,7 +263,8 @@ fn main() {
         }),
         trial("a name that becomes free in a moment is waited for", || {
             need_tun();
-            // As after kill -9: the kernel takes the device down a little later. How late this thread is does not matter in each round.
+            // As after kill -9: the kernel takes the device down a little later. How late this
+            // thread is does not matter in each round.
             type Open = fn() -> bool;
             let ways: [(&str, Open); 4] = [
                 ("Builder", || Builder::new("busy", Mode::Tun).open().is_ok()),
@@ -585,7 +586,8 @@ fn main() {
                 netlink.add_blackhole(any("10.66.0.0"), 16).unwrap();
                 netlink.add_blackhole(any("fd00:66::"), 32).unwrap();
                 drop(Builder::new("gw", Mode::Tun).persist(true).open().unwrap());
-                // The IPv6 network of eth9 has metric 256 and a route of ours 1024: the kernel takes that one without an error.
+                // The IPv6 network of eth9 has metric 256 and a route of ours 1024: the kernel
+                // takes that one without an error.
                 for (net, prefix, words) in [
                     ("0.0.0.0", 0, "eth9"),
                     ("::", 0, "eth9"),

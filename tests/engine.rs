@@ -624,7 +624,8 @@ fn device_gone(backend: Backend) {
     assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
 }
 
-/// The events up to the first that `last` says; without those of the link going up and down, which a move and an end bring or hide.
+/// The events up to the first that `last` says; without those of the link going up and down, which
+/// a move and an end bring or hide.
 fn events_until<H>(engine: &Engine<H>, last: impl Fn(&Event) -> bool) -> Vec<Event> {
     let events = engine.events();
     let mut seen = Vec::new();
@@ -729,7 +730,8 @@ fn device_moved_unanswered(backend: Backend) {
         }]
     );
     drop(release);
-    // T7: not watched there, so nothing of ours keeps the namespace; the device ends with it, and the data path finds out.
+    // T7: not watched there, so nothing of ours keeps the namespace; the device ends with it, and
+    // the data path finds out.
     drop(there);
     assert!(matches!(engine.wait(), Ended::DeviceGone { .. }));
     assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
@@ -1080,7 +1082,8 @@ fn bad_settings() {
     assert_eq!(engine.workers()[0].backend.large_buffers, 128);
 }
 
-/// Sends packets of `len` bytes until one was received, or truncated if there are no buffers for it.
+/// Sends packets of `len` bytes until one was received, or truncated if there are no buffers for
+/// it.
 fn until_counted(engine: &Engine<Counting>, len: usize, counted: impl Fn(&Counters) -> u64) {
     let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
     let mut sequence = 0;
@@ -1093,7 +1096,8 @@ fn until_counted(engine: &Engine<Counting>, len: usize, counted: impl Fn(&Counte
     });
 }
 
-/// T20, as an operator meets it: the MTU is raised while the engine runs, and its buffers were for the old one.
+/// T20, as an operator meets it: the MTU is raised while the engine runs, and its buffers were for
+/// the old one.
 fn mtu_raised(backend: Backend) {
     let device = device("e0", 1, HERE);
     let settings = device.device().unwrap().clone();
@@ -1650,7 +1654,8 @@ fn entries_fail(errno: &str, trials: usize) {
         .args(["-e", &format!("inject=io_uring_enter:error={errno}:when=3+4")])
         .arg(std::env::current_exe().unwrap())
         .args(["IoUring", "--skip", "paced"])
-        // Each call of each thread waits for strace, so that the bounds are those of a slower machine.
+        // Each call of each thread waits for strace, so that the bounds are those of a slower
+        // machine.
         .env("TUN_DRIVER_SLOWNESS", (5 * common::slowness()).to_string())
         .output()
         .unwrap();

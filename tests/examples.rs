@@ -398,7 +398,8 @@ fn udp_tunnel_backpressure(backend: Backend) {
     // The queue has more room than the socket's send buffer, so that nothing is lost in it.
     let output = run(Command::new("tc")
         .args(["qdisc", "add", "dev", "near", "root", "tbf"])
-        // So slow that the second tunnel's socket, which holds more than half a second of it, does not overflow on a busy machine.
+        // So slow that the second tunnel's socket, which holds more than half a second of it, does
+        // not overflow on a busy machine.
         .args([
             "rate",
             &format!("{}kbit", 1_000 / common::slowness()),

@@ -1,4 +1,5 @@
-//! Other holders of a device or a descriptor change what is shared: it is noticed, set back, counted and reported.
+//! Other holders of a device or a descriptor change what is shared: it is noticed, set back,
+//! counted and reported.
 
 mod common;
 mod device;
@@ -151,7 +152,8 @@ fn soon() -> Instant {
     Instant::now() + Duration::from_secs(10)
 }
 
-/// Takes what is there; panics on a packet that is not whole. Returns how many came, and whether a change was reported.
+/// Takes what is there; panics on a packet that is not whole. Returns how many came, and whether a
+/// change was reported.
 fn take(worker: &mut Worker, port: PortId, batch: &mut Batch, framing: Framing) -> (usize, bool) {
     let (mut came, mut changed) = (0, false);
     loop {
@@ -314,7 +316,8 @@ fn sends_tun(backend: Backend) {
     assert_eq!(worker.counters(port).unwrap().offloads_refused, 0);
 }
 
-/// The kernel takes shifted frames without a word, and nothing comes that would show it: it is asked after at most 1,024 batches.
+/// The kernel takes shifted frames without a word, and nothing comes that would show it: it is
+/// asked after at most 1,024 batches.
 fn sends_tap(backend: Backend) {
     let mut shared = Shared::new(Mode::Tap, 1, Offloads::CSUM);
     let spec = shared.outgoing();

@@ -56,7 +56,8 @@ fn main() {
 
 const HERE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 1);
 const THERE: Ipv4Addr = Ipv4Addr::new(10, 7, 0, 2);
-/// From one flow to more than the kernel remembers queues of (TUN_NUM_FLOW_ENTRIES of tun.c, 4,096).
+/// From one flow to more than the kernel remembers queues of (TUN_NUM_FLOW_ENTRIES of tun.c,
+/// 4,096).
 const FLOWS: [usize; 3] = [1, 120, 10_000];
 
 /// Workers on rings register their buffers, which the memlock limit bounds.
@@ -73,8 +74,8 @@ fn config(backend: Backend) -> WorkerConfig {
     }
 }
 
-/// T33. What the stack sends is what the kernel counts is what the workers hand over; nothing is invented, lost without a counter, or reordered
-/// within a flow.
+/// T33. What the stack sends is what the kernel counts is what the workers hand over; nothing is
+/// invented, lost without a counter, or reordered within a flow.
 fn received(backend: Backend, queues: usize, flows: usize) {
     // Several of each flow where it is few enough.
     let packets: u64 = if flows == 120 { 24_000 } else { 12_000 };
@@ -206,7 +207,8 @@ fn sent(backend: Backend, queues: usize) {
     tracker.summary().assert_orderly();
 }
 
-/// T32. A generator that never waits against a worker that does: what is not taken is counted by the device, and memory stays as it is.
+/// T32. A generator that never waits against a worker that does: what is not taken is counted by
+/// the device, and memory stays as it is.
 fn overloaded(backend: Backend) {
     // The first one pays for what the process needs only once.
     overload(backend);
@@ -274,7 +276,8 @@ fn quiet() {
     let _ = sysctl("net/ipv6/conf/default/disable_ipv6", 1);
 }
 
-/// T16. A consumer that keeps what it gets runs out of buffers, is told so, and goes on where it stopped when it gives them back.
+/// T16. A consumer that keeps what it gets runs out of buffers, is told so, and goes on where it
+/// stopped when it gives them back.
 fn keeps_all(backend: Backend) {
     quiet();
     let device = Builder::new("t0", Mode::Tun)

@@ -174,7 +174,8 @@ fn flood(netns: &Namespace, over: &AtomicBool) {
 /// Samples of a run of cycles.
 const SAMPLES: usize = 60;
 
-/// Repeats `cycle`: descriptors, resident and pinned memory must not rise with the number of cycles.
+/// Repeats `cycle`: descriptors, resident and pinned memory must not rise with the number of
+/// cycles.
 fn nothing_is_left(times: usize, mut cycle: impl FnMut()) {
     (0..50).for_each(|_| cycle());
     // The kernel takes its time with pinned pages and closed rings.
@@ -200,7 +201,8 @@ fn nothing_is_left(times: usize, mut cycle: impl FnMut()) {
         .enumerate()
     {
         let points: Vec<_> = samples.iter().map(|&(cycles, all)| (cycles, all[place])).collect();
-        // What rises with each cycle does so all the time. A single step, such as the heap's, is none of it.
+        // What rises with each cycle does so all the time. A single step, such as the heap's, is
+        // none of it.
         let thirds: Vec<_> = points.chunks(points.len().div_ceil(3)).map(slope).collect();
         assert!(
             thirds.iter().any(|(slope, margin)| slope - margin <= 0.0),
@@ -447,7 +449,8 @@ fn deleted(backend: Backend) {
     assert_eq!(leaked_arenas(), 0);
 }
 
-/// T5, idle and with a batch in the middle: gone is returned once by waiting on every queue, by sending, and from then on at every call.
+/// T5, idle and with a batch in the middle: gone is returned once by waiting on every queue, by
+/// sending, and from then on at every call.
 fn deleted_idle(backend: Backend) {
     need_backend(backend);
     for round in 0..repeats(20, 1_000) {
@@ -706,8 +709,8 @@ fn one_call_refused() {
     }
 }
 
-/// Runs what workers and engines promise of the system-call backend in processes that may not enter a
-/// ring: they inherit the filter of this thread.
+/// Runs what workers and engines promise of the system-call backend in processes that may not enter
+/// a ring: they inherit the filter of this thread.
 fn refused_suite() {
     need_backend(Backend::IoUring);
     for file in ["worker", "ports", "engine", "handoff"] {
@@ -753,8 +756,8 @@ fn many_workers_on_a_thread() {
 
 /// Runs `child` in a forked child, and checks that it ends well.
 fn in_a_child(child: impl FnOnce()) {
-    // SAFETY: the child runs on this thread alone; it allocates, which glibc allows after a fork, and
-    // ends by _exit.
+    // SAFETY: the child runs on this thread alone; it allocates, which glibc allows after a fork,
+    // and ends by _exit.
     match unsafe { libc::fork() } {
         -1 => panic!("fork: {}", std::io::Error::last_os_error()),
         0 => {

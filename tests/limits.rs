@@ -1,5 +1,5 @@
-//! What lies at the edges of what a device takes: every first nibble and length written, and MTUs that change
-//! under load.
+//! What lies at the edges of what a device takes: every first nibble and length written, and MTUs
+//! that change under load.
 
 mod common;
 
@@ -158,7 +158,8 @@ impl Bench {
     }
 }
 
-/// T18. Every first nibble and length: the worker answers as write(2) does, and that is what is known of it.
+/// T18. Every first nibble and length: the worker answers as write(2) does, and that is what is
+/// known of it.
 fn written(backend: Backend, mode: Mode, offloads: Offloads) {
     let mut bench = Bench::new(backend, mode, offloads);
     // A short run takes every length below 100, and of the long ones each so many.
@@ -203,7 +204,8 @@ fn written(backend: Backend, mode: Mode, offloads: Offloads) {
     bench.prove();
 }
 
-/// T18. Every place of a checksum near a bound. What the worker sends, write(2) takes; what it refuses is EINVAL.
+/// T18. Every place of a checksum near a bound. What the worker sends, write(2) takes; what it
+/// refuses is EINVAL.
 fn checksums(backend: Backend) {
     for mode in [Mode::Tun, Mode::Tap] {
         let mut bench = Bench::new(backend, mode, Offloads::all());
@@ -256,7 +258,8 @@ fn checksums(backend: Backend) {
     }
 }
 
-/// T20, T19. The books agree with the kernel's whatever the MTU is, and no packet is shorter than its header says.
+/// T20, T19. The books agree with the kernel's whatever the MTU is, and no packet is shorter than
+/// its header says.
 fn mtus(backend: Backend) {
     for offloads in [Offloads::none(), Offloads::all()] {
         let mut bench = Bench::new(backend, Mode::Tun, offloads);

@@ -187,7 +187,8 @@ fn checked(packet: &[u8]) -> Vec<u8> {
     }
 }
 
-/// How often a property is tried: as often as the environment wants, or this; less on an emulated machine.
+/// How often a property is tried: as often as the environment wants, or this; less on an emulated
+/// machine.
 fn cases(default: u32) -> u32 {
     let number = |name: &str| std::env::var(name).ok().and_then(|number| number.parse().ok());
     number("PROPTEST_CASES").unwrap_or(default / number("TUN_DRIVER_SLOWNESS").unwrap_or(1))

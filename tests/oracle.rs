@@ -64,9 +64,11 @@ fn name(v6: bool, tcp: bool) -> String {
     format!("{} over IPv{}", if tcp { "TCP" } else { "UDP" }, if v6 { 6 } else { 4 })
 }
 
-/// Tries a property as often as the environment wants (`PROPTEST_CASES`), or `default` times: fewer on a slow machine, more in a long run.
+/// Tries a property as often as the environment wants (`PROPTEST_CASES`), or `default` times: fewer
+/// on a slow machine, more in a long run.
 ///
-/// Prints the first case that fails before it looks for a simpler one, which is bounded in count and time.
+/// Prints the first case that fails before it looks for a simpler one, which is bounded in count
+/// and time.
 fn property<S: Strategy>(default: u32, cases: &S, check: impl Fn(S::Value) -> Result<(), String>) {
     let count = std::env::var("PROPTEST_CASES")
         .ok()
@@ -324,9 +326,11 @@ struct Route {
     buffer: Vec<u8>,
     /// Bytes of the driver's header before each packet that comes out.
     skip: usize,
-    /// Bytes of TCP below which the kernel is not asked to cut, since it would: see [`GsoType::size_min`].
+    /// Bytes of TCP below which the kernel is not asked to cut, since it would: see
+    /// [`GsoType::size_min`].
     size_min: u16,
-    /// The kernel drops superpackets of TCP that have extension headers of IPv6, see `Gso::may_be_lost`.
+    /// The kernel drops superpackets of TCP that have extension headers of IPv6, see
+    /// `Gso::may_be_lost`.
     loses_extensions: bool,
 }
 
@@ -383,7 +387,8 @@ impl Route {
             }
             assert_eq!(route.read_all(2).len(), 2);
         } else {
-            // A kernel that cuts by less than the library is asked for what the library makes of it.
+            // A kernel that cuts by less than the library is asked for what the library makes of
+            // it.
             let recipe = Recipe {
                 options: Vec::new(),
                 ..plain(false, true)
@@ -1195,7 +1200,8 @@ fn merge_rules(v6: bool, tcp: bool) {
     ] {
         check(&format!("lengths {lens:?}"), &run(&base, lens), Same);
     }
-    // The kernel merges such short ones of TCP too, but the library neither merges nor cuts to them: `GsoType::size_min`.
+    // The kernel merges such short ones of TCP too, but the library neither merges nor cuts to
+    // them: `GsoType::size_min`.
     if !tcp {
         check("lengths of 1", &run(&base, &[1; 20]), Same);
         check("lengths of 1 behind 100", &run(&base, &[100, 1, 1, 1]), Same);

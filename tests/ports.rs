@@ -1039,7 +1039,8 @@ fn send_buffer_before_attach(backend: Backend) {
     (0..repeats(1, 20)).for_each(|_| slow_in_order(backend, |_| {}));
 }
 
-/// A copy of the descriptor in other hands shares O_NONBLOCK: a write would wait for room instead of saying that there is none.
+/// A copy of the descriptor in other hands shares O_NONBLOCK: a write would wait for room instead
+/// of saying that there is none.
 fn send_buffer_and_blocking(backend: Backend) {
     slow_in_order(backend, |queue| {
         // SAFETY: no pointers.

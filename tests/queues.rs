@@ -214,7 +214,8 @@ fn main() {
                 let handle = device.device().unwrap().clone();
                 let index = handle.index();
                 let netlink = Handle::new().unwrap();
-                // What happens to other links, and a port that leaves its bridge, is not a departure.
+                // What happens to other links, and a port that leaves its bridge, is not a
+                // departure.
                 let bridge = netlink.add_bridge("bridge").unwrap();
                 if mode == Mode::Tap {
                     netlink.set_master(index, Some(bridge)).unwrap();
@@ -228,7 +229,8 @@ fn main() {
                 let (away, other) = (namespace(), namespace());
                 let here = tun_driver::lab::Namespace::current().unwrap();
                 netlink.move_to_namespace(index, away.as_fd()).unwrap();
-                // A device of the same driver, mode and name, which comes with the same index: another one all the same.
+                // A device of the same driver, mode and name, which comes with the same index:
+                // another one all the same.
                 let twin = other
                     .run(|| {
                         let twin = twin_with(index, queues, mode);
@@ -576,7 +578,8 @@ fn spread(first: &Queue, second: &Queue, flows: usize) -> Option<usize> {
     }
 }
 
-/// A device "moving" with this index: the kernel counts up, so they are made and dropped until its turn comes.
+/// A device "moving" with this index: the kernel counts up, so they are made and dropped until its
+/// turn comes.
 fn twin_with(index: u32, queues: usize, mode: Mode) -> MultiQueue {
     for _ in 0..100_000 {
         let twin = Builder::new("moving", mode).queues(queues).open().unwrap();

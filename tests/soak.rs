@@ -1,8 +1,9 @@
-//! A tunnel that carries numbered packets for a long time: no unexplained loss, and nothing that grows.
+//! A tunnel that carries numbered packets for a long time: no unexplained loss, and nothing that
+//! grows.
 //!
 //! T36. Ten seconds by default, twenty minutes with `TUN_DRIVER_LONG=1`; `TUN_DRIVER_SOAK_SECONDS`
-//! sets the time of each backend. With `TUN_DRIVER_SOAK_OUT=DIR` each interval's figures are appended
-//! to `DIR/soak-BACKEND.jsonl`.
+//! sets the time of each backend. With `TUN_DRIVER_SOAK_OUT=DIR` each interval's figures are
+//! appended to `DIR/soak-BACKEND.jsonl`.
 
 mod common;
 
@@ -49,7 +50,8 @@ const RATE: u64 = 20_000;
 const LENGTHS: [usize; 4] = [64, 1_300, 200, 576];
 /// Intervals that pay for what is allocated once: one of each length.
 const WARM_UP: u32 = LENGTHS.len() as u32;
-/// What the allocators of the intervals' threads may keep after that: the receiver's batch is 4 MiB.
+/// What the allocators of the intervals' threads may keep after that: the receiver's batch is 4
+/// MiB.
 const SLACK: u64 = 8 << 20;
 
 fn seconds() -> u64 {

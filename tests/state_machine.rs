@@ -1,7 +1,9 @@
-//! A device with its queues and a worker against a model: any sequence of acts, on real devices, checked after every step.
+//! A device with its queues and a worker against a model: any sequence of acts, on real devices,
+//! checked after every step.
 //!
-//! The model knows what tun.c does with its queues: an enabled one has a number, and one that is disabled or closed gives its number to
-//! the last. A flow that was written to through a queue comes back on the queue that has that number.
+//! The model knows what tun.c does with its queues: an enabled one has a number, and one that is
+//! disabled or closed gives its number to the last. A flow that was written to through a queue
+//! comes back on the queue that has that number.
 
 mod common;
 mod device;

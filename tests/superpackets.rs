@@ -1259,7 +1259,8 @@ fn refuse_writes(len: usize, errno: i32) {
         len: filter.len() as u16,
         filter: filter.as_mut_ptr(),
     };
-    // SAFETY: prctl reads the program, which lives through the call. Both settings are of this thread and end with it.
+    // SAFETY: prctl reads the program, which lives through the call. Both settings are of this
+    // thread and end with it.
     unsafe {
         assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
         let set = libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program);
@@ -1271,7 +1272,8 @@ fn refuse_writes(len: usize, errno: i32) {
 
 /// T22. The probe at attach finds a kernel that grants TCP over IPv4 and does not take it.
 fn refused_at_the_start(backend: Backend) {
-    // The driver's header, 40 bytes of headers and 64 of payload: only this kind's probe is so long.
+    // The driver's header, 40 bytes of headers and 64 of payload: only this kind's probe is so
+    // long.
     refuse_writes(10 + 40 + 64, libc::EINVAL);
     let (mut worker, port, _device) = with_device(backend, Offloads::all());
     let passes = worker.port_info(port).unwrap().passes;
@@ -1331,7 +1333,8 @@ fn refused_by_a_write() {
     assert!(worker.port_info(port).unwrap().passes.contains(Offloads::USO));
 }
 
-/// Passed on, the stack drops it, as it drops a packet with such a header. (Cut, each segment gets a header of its own.)
+/// Passed on, the stack drops it, as it drops a packet with such a header. (Cut, each segment gets
+/// a header of its own.)
 fn wrong_header(backend: Backend) {
     let (mut worker, port, _device) = with_device(backend, Offloads::all());
     if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
@@ -1353,7 +1356,8 @@ fn wrong_header(backend: Backend) {
     (0..2).for_each(|_| assert_eq!(received(&receiver), [3; 500]));
 }
 
-/// T22. The kernel takes no UDP superpackets of more than 128 segments, which are superpackets like others to us.
+/// T22. The kernel takes no UDP superpackets of more than 128 segments, which are superpackets like
+/// others to us.
 fn refused_by_the_kernel(backend: Backend) {
     let (mut worker, port, _device) = with_device(backend, Offloads::all());
     if !worker.port_info(port).unwrap().passes.contains(Offloads::USO) {
@@ -1691,7 +1695,8 @@ fn through_a_handoff(backend: Backend) {
     assert_eq!(arrived[0][..], finished[..]);
 }
 
-/// T12. What a device was granted before does not come back with it: bulk TCP over two that were reopened without offloads.
+/// T12. What a device was granted before does not come back with it: bulk TCP over two that were
+/// reopened without offloads.
 fn reopened(backend: Backend) {
     for _ in 0..repeats(1, 20) {
         let wire = Wire::new(Setting {

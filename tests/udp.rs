@@ -342,7 +342,8 @@ const INTERFACE: i32 = 4;
 
 fn icmp4(backend: Backend) {
     use libc::*;
-    // `icmp_err_convert` in net/ipv4/icmp.c; 0 where the error is not kept for a socket without IP_RECVERR.
+    // `icmp_err_convert` in net/ipv4/icmp.c; 0 where the error is not kept for a socket without
+    // IP_RECVERR.
     let unreachable = [
         0,
         0,

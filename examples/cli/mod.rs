@@ -148,8 +148,9 @@ pub fn print_counters(worker: &Worker) {
     println!("discarded {}", worker.discarded());
 }
 
-/// Prints an error of a port that passes: a packet was too long for the buffers, no buffer was free, the device is down. At most one line each
-/// second, or a flood of packets becomes a flood of lines; the counters have them all.
+/// Prints an error of a port that passes: a packet was too long for the buffers, no buffer was
+/// free, the device is down. At most one line each second, or a flood of packets becomes a flood of
+/// lines; the counters have them all.
 pub fn print_passing(worker: &Worker, port: PortId, error: &PortError) {
     static LAST: Mutex<Option<Instant>> = Mutex::new(None);
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);

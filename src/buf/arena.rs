@@ -215,8 +215,9 @@ pub(crate) struct Shared {
     waker: WakeHandle,
 }
 
-// SAFETY: `base` points into `map`, which lives as long as this value. Which thread may access which bytes is decided by the owner
-// of the slot's views (see the module's head), never by `Shared` itself.
+// SAFETY: `base` points into `map`, which lives as long as this value. Which thread may access
+// which bytes is decided by the owner of the slot's views (see the module's head), never by
+// `Shared` itself.
 unsafe impl Send for Shared {}
 // SAFETY: as above; everything else in it is atomic or immutable.
 unsafe impl Sync for Shared {}
@@ -897,7 +898,8 @@ mod tests {
     }
 }
 
-/// Every order of events between threads that give slots back and the home thread (`tests/loom/run`).
+/// Every order of events between threads that give slots back and the home thread
+/// (`tests/loom/run`).
 #[cfg(all(test, loom))]
 mod models {
     use std::rc::Rc;
@@ -973,8 +975,8 @@ mod models {
             let threads = [0, 1].map(|index| {
                 let (shared, bytes) = (Arc::clone(arena.shared()), Arc::clone(&bytes));
                 thread::spawn(move || {
-                    // SAFETY: one thread writes while it holds its view; loom looks whether another access may
-                    // happen at the same time.
+                    // SAFETY: one thread writes while it holds its view; loom looks whether another
+                    // access may happen at the same time.
                     if index == 0 {
                         bytes.with_mut(|bytes| unsafe { *bytes = 7 });
                     }

@@ -197,9 +197,10 @@ impl PacketBuf {
         self.shape.meta(self, self.start)
     }
 
-    /// Says what is still to be done with the packet. [`Meta::Gso`] makes a superpacket of it; its checksum field has to hold the sum over the
-    /// pseudo-header then. The checksum of its IPv4 header has to be right: a stack that it is passed
-    /// on to drops it otherwise, though its segments get headers with checksums of their own.
+    /// Says what is still to be done with the packet. [`Meta::Gso`] makes a superpacket of it; its
+    /// checksum field has to hold the sum over the pseudo-header then. The checksum of its IPv4
+    /// header has to be right: a stack that it is passed on to drops it otherwise, though its
+    /// segments get headers with checksums of their own.
     ///
     /// # Errors
     /// It does not fit the packet; nothing is changed then.

@@ -31,15 +31,16 @@ pub enum Event {
         /// What it is called.
         device: String,
     },
-    /// A device's MTU was changed. Its ports take larger buffers if they need them; if they cannot, [`BuffersTooShort`](Self::BuffersTooShort)
-    /// follows.
+    /// A device's MTU was changed. Its ports take larger buffers if they need them; if they cannot,
+    /// [`BuffersTooShort`](Self::BuffersTooShort) follows.
     MtuChanged {
         /// What it is called.
         device: String,
         /// The new MTU in bytes.
         mtu: u32,
     },
-    /// A device's MTU lets packets come that are longer than the buffers of a worker: they are dropped and counted as truncated. Raise
+    /// A device's MTU lets packets come that are longer than the buffers of a worker: they are
+    /// dropped and counted as truncated. Raise
     /// [`WorkerConfig::large_buffers`](crate::WorkerConfig::large_buffers), or lower the MTU.
     BuffersTooShort {
         /// What the device is called.
@@ -49,8 +50,9 @@ pub enum Event {
         /// The longest packet that its port takes, in bytes.
         longest: usize,
     },
-    /// Another holder of a device changed the size of its virtio-net header, switched on offloads that were not granted here, or made a queue's
-    /// descriptor blocking. This was set back. What came in between in the wrong shape was dropped and counted
+    /// Another holder of a device changed the size of its virtio-net header, switched on offloads
+    /// that were not granted here, or made a queue's descriptor blocking. This was set back. What
+    /// came in between in the wrong shape was dropped and counted
     /// ([`Counters::bad_headers`](crate::Counters::bad_headers)).
     SetBack {
         /// What the device is called.
@@ -59,7 +61,8 @@ pub enum Event {
         header: Option<u32>,
         /// The offloads that were found, if there were more than granted.
         offloads: Option<Offloads>,
-        /// The descriptor was blocking (`O_NONBLOCK` belongs to the open file, which copies of a descriptor share).
+        /// The descriptor was blocking (`O_NONBLOCK` belongs to the open file, which copies of a
+        /// descriptor share).
         blocking: bool,
     },
     /// A device was deleted. Its ports are detached.
@@ -67,12 +70,14 @@ pub enum Event {
         /// What it was called.
         device: String,
     },
-    /// A device was moved to another network namespace, where it is down and has no addresses at first. Its ports go on.
+    /// A device was moved to another network namespace, where it is down and has no addresses at
+    /// first. Its ports go on.
     Moved {
         /// What it was called.
         device: String,
-        /// Whether its further changes are reported, which takes CAP_NET_ADMIN and CAP_SYS_ADMIN over the other namespace, and keeps that
-        /// namespace alive until the engine stops or the device is gone. That it is deleted is reported in any case.
+        /// Whether its further changes are reported, which takes CAP_NET_ADMIN and CAP_SYS_ADMIN
+        /// over the other namespace, and keeps that namespace alive until the engine stops or the
+        /// device is gone. That it is deleted is reported in any case.
         watched: bool,
     },
     /// A worker's handler panicked, or the worker could not go on. Its queues and sockets are closed.
@@ -287,7 +292,8 @@ impl Watch {
         })
     }
 
-    /// Watches one more device, unless it is under watch already: what changes after this call is reported.
+    /// Watches one more device, unless it is under watch already: what changes after this call is
+    /// reported.
     pub(super) fn add(&self, device: Device, shared: &Shared) {
         if !shared.is_new_device(device.mark()) {
             return;
@@ -393,12 +399,14 @@ impl Watched {
         Look::Stays
     }
 
-    /// The device is not where it was: reports whether it was deleted or moved. Returns how it is watched where it is now, if it may be.
+    /// The device is not where it was: reports whether it was deleted or moved. Returns how it is
+    /// watched where it is now, if it may be.
     fn leave(mut self, shared: &Shared, ask: &Ask) -> Option<Self> {
         loop {
             let follower = match ask(&self.device) {
                 Some(Answer::Lives(follower)) => follower,
-                // No queue is left to be asked, or its worker is stuck: the kernel's notice says what it was.
+                // No queue is left to be asked, or its worker is stuck: the kernel's notice says
+                // what it was.
                 None if self.departure() == Departure::Moved => None,
                 Some(Answer::Deleted) | None => {
                     shared.device_gone(self.device.mark(), &self.name);

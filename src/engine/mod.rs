@@ -78,9 +78,11 @@ use shared::Shared;
 ///   the last one's flows go to the first queue, until they are written to again.
 ///
 /// # The end
-/// [`stop_within`](Self::stop_within) ends all workers and says how they ended. Dropping the engine does the same, within three seconds, and
-/// says nothing. In a child of fork(2), an engine may only be dropped, which touches nothing of its
-/// parent's; the child has none of the threads. A queue that is closed or detached loses what the kernel still had in it: what could be read was counted as undelivered.
+/// [`stop_within`](Self::stop_within) ends all workers and says how they ended. Dropping the engine
+/// does the same, within three seconds, and says nothing. In a child of fork(2), an engine may only
+/// be dropped, which touches nothing of its parent's; the child has none of the threads. A queue
+/// that is closed or detached loses what the kernel still had in it: what could be read was counted
+/// as undelivered.
 pub struct Engine<H> {
     links: Vec<Link<H>>,
     infos: Vec<WorkerInfo>,
@@ -139,9 +141,9 @@ impl<H> Engine<H> {
         self.events.clone()
     }
 
-    /// Whether changes of the devices (up, down, MTU, moved) are reported, for those given at the start and those of queues that
-    /// [`attach`](Self::attach) brought. Not where the sandbox refuses netlink sockets; that a device is gone is
-    /// reported all the same.
+    /// Whether changes of the devices (up, down, MTU, moved) are reported, for those given at the
+    /// start and those of queues that [`attach`](Self::attach) brought. Not where the sandbox
+    /// refuses netlink sockets; that a device is gone is reported all the same.
     pub fn watches_devices(&self) -> bool {
         self.watch.is_some()
     }
@@ -255,8 +257,8 @@ impl<H: Handler + 'static> Engine<H> {
             })
     }
 
-    /// Gives a queue or a socket to a worker. Its handler is called ([`Handler::attached`]), and the
-    /// queue's device is watched from then on.
+    /// Gives a queue or a socket to a worker. Its handler is called ([`Handler::attached`]), and
+    /// the queue's device is watched from then on.
     ///
     /// # Errors
     /// As [`run_on`](Self::run_on); [`ControlError::Refused`] as [`Worker::attach`] says, and the endpoint is closed.

@@ -51,8 +51,8 @@ impl Stats {
 pub enum Ended {
     /// Somebody asked the engine to stop.
     Stopped,
-    /// A device was deleted. Its ports were detached; the others go on. (One that was moved to another namespace is not gone: see
-    /// [`Event::Moved`](crate::Event::Moved).)
+    /// A device was deleted. Its ports were detached; the others go on. (One that was moved to
+    /// another namespace is not gone: see [`Event::Moved`](crate::Event::Moved).)
     DeviceGone {
         /// What it was called.
         device: String,

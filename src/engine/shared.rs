@@ -28,7 +28,8 @@ pub(super) struct Shared {
 /// A device of the engine.
 #[derive(Debug)]
 struct Known {
-    /// See [`Device::mark`](crate::device::Device::mark). Held, so that no other device gets the same.
+    /// See [`Device::mark`](crate::device::Device::mark). Held, so that no other device gets the
+    /// same.
     mark: Arc<SharedOffloads>,
     /// That it is gone was reported.
     gone: bool,

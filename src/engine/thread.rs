@@ -27,7 +27,8 @@ pub(super) struct Thread<H> {
     pub(super) commands: Receiver<Command<H>>,
     pub(super) batch: Batch,
     pub(super) shared: Arc<Shared>,
-    /// Of the times that workers were asked to look at their devices' settings, those that this one did.
+    /// Of the times that workers were asked to look at their devices' settings, those that this one
+    /// did.
     pub(super) looked: u64,
     #[cfg(feature = "metrics")]
     pub(super) histograms: Option<Box<Histograms>>,
@@ -155,7 +156,8 @@ impl<H: Handler> Thread<H> {
         }
     }
 
-    /// The settings of a device were changed: gives its ports buffers that are long enough, and sets back what only this side may change.
+    /// The settings of a device were changed: gives its ports buffers that are long enough, and
+    /// sets back what only this side may change.
     fn look_at_devices(&mut self) {
         let looks = self.shared.looks();
         if std::mem::replace(&mut self.looked, looks) == looks {

@@ -283,11 +283,13 @@ impl From<Stopped> for io::Error {
 
 /// Runs `names.len()` ways in turn and compares them. `run` gives one sample of the way whose turn it is, and may show progress.
 ///
-/// If `run` fails with [`Stopped`] and at least one round that counts is complete, the report is over the complete rounds.
+/// If `run` fails with [`Stopped`] and at least one round that counts is complete, the report is
+/// over the complete rounds.
 ///
 /// # Errors
-/// The first other error of `run` ends the comparison. InvalidInput where the plan names a baseline that is not there or no round at all, InvalidData
-/// where a sample moved no packets or has a figure that is no finite number.
+/// The first other error of `run` ends the comparison. InvalidInput where the plan names a baseline
+/// that is not there or no round at all, InvalidData where a sample moved no packets or has a
+/// figure that is no finite number.
 pub fn compare(plan: &Plan, names: &[&str], mut run: impl FnMut(Turn) -> io::Result<Sample>) -> io::Result<Report> {
     if plan.baseline >= names.len() || plan.rounds == 0 {
         let told = format!(

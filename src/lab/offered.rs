@@ -126,7 +126,8 @@ pub const RATES: [Option<u64>; 6] = [
 
 /// Offers each of the rates to each way in turn. `chosen` is the way that a verdict should speak of.
 ///
-/// If `progress` fails with [`Stopped`], the curve has the rates and rounds that were complete by then.
+/// If `progress` fails with [`Stopped`], the curve has the rates and rounds that were complete by
+/// then.
 ///
 /// # Errors
 /// As [`offered`].

@@ -21,15 +21,18 @@ pub struct Memory {
     pub locked: u64,
 }
 
-/// Ends this process by SIGKILL when its parent ends, however that comes about: a parent that is killed cannot clean up.
+/// Ends this process by SIGKILL when its parent ends, however that comes about: a parent that is
+/// killed cannot clean up.
 ///
-/// `parent` is the process ID that the parent passed on: an ending before this call would go unnoticed otherwise.
+/// `parent` is the process ID that the parent passed on: an ending before this call would go
+/// unnoticed otherwise.
 ///
 /// # Errors
 /// The parent is another process: the one that is meant has ended.
 pub fn die_with_parent(parent: u32) -> io::Result<()> {
     lab::kill_with_parent()?;
-    // After the call: from here on the kernel reports the end, before it the parent's ID has changed.
+    // After the call: from here on the kernel reports the end, before it the parent's ID has
+    // changed.
     if std::os::unix::process::parent_id() == parent {
         return Ok(());
     }

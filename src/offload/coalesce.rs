@@ -57,8 +57,10 @@
 //!
 //! # How far it sees
 //!
-//! Packets join within one batch of at most the table's capacity. A port's sender ([`Worker::send_many`](crate::Worker::send_many)) looks at 128 packets at
-//! a time: two packets of a flow with more than that between them in a batch go apart, and no run goes on from one window to the next.
+//! Packets join within one batch of at most the table's capacity. A port's sender
+//! ([`Worker::send_many`](crate::Worker::send_many)) looks at 128 packets at a time: two packets of
+//! a flow with more than that between them in a batch go apart, and no run goes on from one window
+//! to the next.
 //!
 //! # Order
 //!

@@ -11,8 +11,8 @@
 //! | `gso_size` | not zero for a superpacket; below 8 of TCP, 8 (see [`GsoType::size_min`]) |
 //! | `csum_start`, `csum_offset` | inside the packet and behind its IP header; of a superpacket, exactly where the protocol has its checksum |
 //!
-//! Behind the IP header, the claims of a plain packet that is to be finished are not held against other headers: it may be inside another (VXLAN), of
-//! which nothing is known here.
+//! Behind the IP header, the claims of a plain packet that is to be finished are not held against
+//! other headers: it may be inside another (VXLAN), of which nothing is known here.
 
 use std::fmt;
 
@@ -78,7 +78,8 @@ pub enum VnetFault {
     Mismatch,
     /// A superpacket with segments of no length, or below [`GsoType::size_min`].
     Size,
-    /// The checksum's place is not where the protocol has it, inside the IP header, or not inside the packet.
+    /// The checksum's place is not where the protocol has it, inside the IP header, or not inside
+    /// the packet.
     Checksum,
     /// The packet is longer or shorter than its own headers say.
     Length,
@@ -213,8 +214,8 @@ impl VnetHdr {
 }
 
 impl Gso {
-    /// Whether a kernel may drop it on its way to another device: `qdisc_pkt_len_init` of Linux 6.12.117 takes the first
-    /// extension header of IPv6 for TCP's.
+    /// Whether a kernel may drop it on its way to another device: `qdisc_pkt_len_init` of Linux
+    /// 6.12.117 takes the first extension header of IPv6 for TCP's.
     pub(crate) fn may_be_lost(&self) -> bool {
         self.kind == GsoType::Tcp6 && self.headers.options
     }
@@ -243,10 +244,10 @@ impl Gso {
 impl GsoType {
     /// The fewest bytes of payload per segment: 8 of TCP, 1 of UDP.
     ///
-    /// A driver's header may claim less of TCP; [`VnetHdr::check`] then takes 8, so that 64 KiB become
-    /// at most 8,192 segments. The stream stays the same. Newer kernels do this too where such a header
-    /// enters them (`TCP_MIN_GSO_SIZE` in `virtio_net_hdr_to_skb`; Linux 6.12.117 has it).
-    /// Datagrams keep their length whatever it is.
+    /// A driver's header may claim less of TCP; [`VnetHdr::check`] then takes 8, so that 64 KiB
+    /// become at most 8,192 segments. The stream stays the same. Newer kernels do this too where
+    /// such a header enters them (`TCP_MIN_GSO_SIZE` in `virtio_net_hdr_to_skb`; Linux 6.12.117 has
+    /// it). Datagrams keep their length whatever it is.
     pub const fn size_min(self) -> u16 {
         match self {
             Self::Tcp4 | Self::Tcp6 => 8,
@@ -283,11 +284,12 @@ const ETHERTYPE_IPV6: u16 = 0x86dd;
 const ETHERTYPE_AT: usize = 12;
 const ETHERNET_LEN: usize = 14;
 
-/// Whether a packet that is no superpacket stands where the header's size says, as far as its first bytes tell: an IP packet of exactly this length,
-/// or a frame of a common type. One that does not may still be right.
+/// Whether a packet that is no superpacket stands where the header's size says, as far as its first
+/// bytes tell: an IP packet of exactly this length, or a frame of a common type. One that does not
+/// may still be right.
 ///
-/// The header's size belongs to the device, and any holder may change it (TUNSETVNETHDRSZ). Every packet is shifted then, and its header still
-/// says nothing wrong.
+/// The header's size belongs to the device, and any holder may change it (TUNSETVNETHDRSZ). Every
+/// packet is shifted then, and its header still says nothing wrong.
 #[inline]
 pub(crate) fn stands_in_place(packet: &[u8], link: Link) -> bool {
     match link {
@@ -301,7 +303,8 @@ pub(crate) fn stands_in_place(packet: &[u8], link: Link) -> bool {
     }
 }
 
-/// Whether a frame carries an IP packet of this version, which fills the frame unless it was padded to the shortest one that there is.
+/// Whether a frame carries an IP packet of this version, which fills the frame unless it was padded
+/// to the shortest one that there is.
 #[inline]
 fn is_framed_ip(frame: &[u8], version: u8) -> bool {
     /// ETH_ZLEN, and two VLAN tags that were taken off.
@@ -310,7 +313,8 @@ fn is_framed_ip(frame: &[u8], version: u8) -> bool {
     packet.first().is_some_and(|first| first >> 4 == version) && (is_exact_ip(packet) || frame.len() <= PADDED)
 }
 
-/// Whether a packet that does not stand in place would do so further on, as one read with a longer header than expected.
+/// Whether a packet that does not stand in place would do so further on, as one read with a longer
+/// header than expected.
 pub(crate) fn stands_further_on(packet: &[u8], link: Link) -> bool {
     /// A header of a size beyond this one is found by asking alone.
     const FURTHEST: usize = 64;
@@ -428,7 +432,8 @@ mod tests {
                         assert_eq!(rare_type(&bytes[..bytes.len() - 1]), None, "{len}");
                     }
                     for shift in [1, 2, 4, 10, 14, 62] {
-                        // The kernel leaves zeros between a longer header and the packet, or what was there before.
+                        // The kernel leaves zeros between a longer header and the packet, or what
+                        // was there before.
                         for filler in [vec![0; shift], bytes[..shift.min(bytes.len())].to_vec()] {
                             let shifted = [filler.as_slice(), &bytes].concat();
                             assert!(!stands_in_place(&shifted, link), "{link:?} {len} {shift}");

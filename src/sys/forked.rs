@@ -1,7 +1,8 @@
 //! Whether a value is still in the process that made it, or was copied into a forked child.
 //!
-//! A child of fork(2) has copies of a worker's and an engine's values, but neither their threads nor
-//! their memory (MADV_DONTFORK), and shares their descriptors. Dropping them there must touch nothing.
+//! A child of fork(2) has copies of a worker's and an engine's values, but neither their threads
+//! nor their memory (MADV_DONTFORK), and shares their descriptors. Dropping them there must touch
+//! nothing.
 
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
@@ -11,7 +12,8 @@ use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 pub(crate) struct Origin(u64);
 
 /// A page that the kernel fills with zeros in every child (MADV_WIPEONFORK, Linux 4.14), however it
-/// was forked; pthread_atfork would miss those of clone(2). Its first word is this process's number.
+/// was forked; pthread_atfork would miss those of clone(2). Its first word is this process's
+/// number.
 static PAGE: AtomicPtr<AtomicU64> = AtomicPtr::new(ptr::null_mut());
 /// The last number that was given. A child counts on from its parent's, so that no number is given
 /// twice along a line of descent.

@@ -22,7 +22,8 @@ pub(crate) fn realtime_ahead_ns() -> i64 {
     clock(libc::CLOCK_REALTIME).as_nanos() as i64 - clock(libc::CLOCK_MONOTONIC).as_nanos() as i64
 }
 
-/// Has the kernel kill this process when the thread that started it ends. prctl(2), PR_SET_PDEATHSIG.
+/// Has the kernel kill this process when the thread that started it ends. prctl(2),
+/// PR_SET_PDEATHSIG.
 pub(crate) fn kill_with_parent() -> io::Result<()> {
     // SAFETY: the call takes a number and touches no memory.
     unsafe { syscall!(prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong)) }.map(drop)

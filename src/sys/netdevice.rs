@@ -209,7 +209,8 @@ impl ControlSocket {
         Ok((text(&info.driver), text(&info.bus_info)))
     }
 
-    /// SIOCETHTOOL with ETHTOOL_GFEATURES: what the device leaves unfinished or uncut now, as the TUN_F_* that switch it on.
+    /// SIOCETHTOOL with ETHTOOL_GFEATURES: what the device leaves unfinished or uncut now, as the
+    /// TUN_F_* that switch it on.
     pub(crate) fn active_offloads(&self, name: &IfName) -> io::Result<u32> {
         /// The same for every device of a running kernel.
         static PLACES: OnceLock<[Option<u32>; FEATURES.len()]> = OnceLock::new();
@@ -229,7 +230,8 @@ impl ControlSocket {
         };
         let mut ifreq = ifreq_named(name);
         ifreq.ifr_ifru.ifru_data = (&raw mut features).cast();
-        // For this request the kernel fills at most `size` blocks behind ifr_data, which outlive the call.
+        // For this request the kernel fills at most `size` blocks behind ifr_data, which outlive
+        // the call.
         self.ioctl(libc::SIOCETHTOOL, &mut ifreq)?;
         let is_active = |&place: &u32| {
             let block = features.features.get(place as usize / 32);
@@ -242,7 +244,8 @@ impl ControlSocket {
         Ok(active.fold(0, |flags, (_, (_, flag))| flags | flag))
     }
 
-    /// ETHTOOL_GSSET_INFO and ETHTOOL_GSTRINGS: the numbers of the features by name, which differ from kernel to kernel.
+    /// ETHTOOL_GSSET_INFO and ETHTOOL_GSTRINGS: the numbers of the features by name, which differ
+    /// from kernel to kernel.
     fn feature_places(&self, name: &IfName) -> io::Result<[Option<u32>; FEATURES.len()]> {
         let mut info = ethtool_sset_info {
             cmd: ETHTOOL_GSSET_INFO,
@@ -260,7 +263,8 @@ impl ControlSocket {
         strings[..3].copy_from_slice(&[ETHTOOL_GSTRINGS, ETH_SS_FEATURES, info.data[0]]);
         let mut ifreq = ifreq_named(name);
         ifreq.ifr_ifru.ifru_data = strings.as_mut_ptr().cast();
-        // The kernel fills as many strings as it said above: their number is fixed when it is built.
+        // The kernel fills as many strings as it said above: their number is fixed when it is
+        // built.
         self.ioctl(libc::SIOCETHTOOL, &mut ifreq)?;
         let mut places = [None; FEATURES.len()];
         for (number, string) in strings[3..].chunks_exact(WORDS).enumerate() {
@@ -319,8 +323,8 @@ struct ethtool_sset_info {
 
 const _: () = assert!(std::mem::offset_of!(ethtool_sset_info, data) == 16);
 
-/// `struct ethtool_gfeatures` (linux/ethtool.h) with room for some blocks of `struct ethtool_get_features_block`: available, requested,
-/// active, never_changed.
+/// `struct ethtool_gfeatures` (linux/ethtool.h) with room for some blocks of `struct
+/// ethtool_get_features_block`: available, requested, active, never_changed.
 #[repr(C)]
 #[allow(non_camel_case_types)]
 struct ethtool_gfeatures<const BLOCKS: usize> {

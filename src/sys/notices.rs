@@ -1,6 +1,7 @@
 //! Notices that something about a link has changed: rtnetlink(7), group RTNLGRP_LINK.
 //!
-//! What has changed is asked otherwise, so a lost notice (ENOBUFS) does no harm; only that a link has left its namespace is read from here.
+//! What has changed is asked otherwise, so a lost notice (ENOBUFS) does no harm; only that a link
+//! has left its namespace is read from here.
 
 use std::io;
 use std::mem;
@@ -16,8 +17,9 @@ pub(crate) fn of_links() -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// The one notice that link `index` leaves the calling thread's network namespace, by deletion or by a move; see [`departure`]. A filter of
-/// the socket keeps all other notices out, so that none is lost for want of room.
+/// The one notice that link `index` leaves the calling thread's network namespace, by deletion or
+/// by a move; see [`departure`]. A filter of the socket keeps all other notices out, so that none
+/// is lost for want of room.
 pub(crate) fn of_departure(index: u32) -> io::Result<OwnedFd> {
     let socket = socket()?;
     // Loads of classic BPF are big-endian, rtnetlink is in the byte order of the host.
@@ -62,7 +64,8 @@ pub(crate) fn of_departure(index: u32) -> io::Result<OwnedFd> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Departure {
     Deleted,
-    /// Moved to another namespace. Kernels before 4.15 do not say so, and a move is `Deleted` there.
+    /// Moved to another namespace. Kernels before 4.15 do not say so, and a move is `Deleted`
+    /// there.
     Moved,
 }
 
@@ -74,8 +77,8 @@ const ATTRIBUTES_AT: usize = HEADER as usize + 16;
 /// linux/if_link.h; set by dev_change_net_namespace.
 const IFLA_NEW_NETNSID: u16 = 45;
 
-/// What [`of_departure`] has to say by now; `None`: the link is still there. Asking does not take the notice away. Fails with ENOBUFS,
-/// once, where the kernel had no memory for the notice.
+/// What [`of_departure`] has to say by now; `None`: the link is still there. Asking does not take
+/// the notice away. Fails with ENOBUFS, once, where the kernel had no memory for the notice.
 pub(crate) fn departure(notices: BorrowedFd<'_>) -> io::Result<Option<Departure>> {
     let mut byte = 0u8;
     let peek = |place: *mut u8, len: usize| {

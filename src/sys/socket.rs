@@ -170,7 +170,8 @@ impl Datagrams {
         .map(|count| count as usize)
     }
 
-    /// Empties the socket's error queue, at most as many messages as a batch has datagrams. Returns how many calls that took.
+    /// Empties the socket's error queue, at most as many messages as a batch has datagrams. Returns
+    /// how many calls that took.
     pub(crate) fn clear_errors(&mut self, fd: RawFd) -> u64 {
         // SAFETY: zero is a value of this C struct: no memory to receive into.
         let mut header: libc::msghdr = unsafe { zeroed() };
@@ -184,9 +185,10 @@ impl Datagrams {
         self.capacity() as u64
     }
 
-    /// Asks whether entry `index` has a destination that the kernel would send to, without sending it: the address, the route, the
-    /// permission and the ancillary data (`udp_sendmsg` up to `ip_make_skb`, which returns early). An error that is pending on the
-    /// socket is neither returned nor cleared by this.
+    /// Asks whether entry `index` has a destination that the kernel would send to, without sending
+    /// it: the address, the route, the permission and the ancillary data (`udp_sendmsg` up to
+    /// `ip_make_skb`, which returns early). An error that is pending on the socket is neither
+    /// returned nor cleared by this.
     ///
     /// # Safety
     /// The memory set for this entry is readable during the call.

@@ -44,7 +44,8 @@ pub(crate) struct SocketOptions {
 }
 
 impl SocketOptions {
-    /// Takes what is reported of earlier datagrams (SO_ERROR), which would fail the next call on the socket.
+    /// Takes what is reported of earlier datagrams (SO_ERROR), which would fail the next call on
+    /// the socket.
     pub(crate) fn take_report(fd: RawFd) -> Option<i32> {
         get_int(fd, libc::SOL_SOCKET, libc::SO_ERROR)
             .ok()

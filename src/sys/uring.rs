@@ -52,17 +52,18 @@ pub(crate) struct RingHandle {
 }
 
 impl RingHandle {
-    /// The ring by its registered index where the kernel (5.18 and later) gives one, which saves the look-up per call; else by its
-    /// descriptor. The index belongs to the calling thread, which has 16 of them, and stays taken until
-    /// [`unregister`](Self::unregister). Returns what the kernel answered, too.
+    /// The ring by its registered index where the kernel (5.18 and later) gives one, which saves
+    /// the look-up per call; else by its descriptor. The index belongs to the calling thread, which
+    /// has 16 of them, and stays taken until [`unregister`](Self::unregister). Returns what the
+    /// kernel answered, too.
     pub(crate) fn register(ring: BorrowedFd<'_>) -> (Self, io::Result<()>) {
         let mut update = io_uring_rsrc_update {
             offset: u32::MAX,
             resv: 0,
             data: ring.as_raw_fd() as u64,
         };
-        // SAFETY: IORING_REGISTER_RING_FDS reads and writes one io_uring_rsrc_update, which outlives
-        // the call.
+        // SAFETY: IORING_REGISTER_RING_FDS reads and writes one io_uring_rsrc_update, which
+        // outlives the call.
         let result = unsafe { update_ring_fds(ring, IORING_REGISTER_RING_FDS, &raw mut update, 1) };
         let plain = Self {
             fd: ring.as_raw_fd(),
@@ -185,8 +186,8 @@ unsafe fn update_ring_fds(
     }
 }
 
-/// A kernel of a test's own, on one thread, for what the real one cannot be made to do: it takes the
-/// place of the two calls by which a worker's ring makes progress.
+/// A kernel of a test's own, on one thread, for what the real one cannot be made to do: it takes
+/// the place of the two calls by which a worker's ring makes progress.
 #[cfg(all(test, feature = "lab"))]
 pub(crate) mod fake {
     use std::cell::RefCell;

@@ -102,7 +102,8 @@ fn drop_under_traffic() {
         }
         assert!(received > 0);
     });
-    // A drop waits for the kernel for a bounded time only, which may be too short on an emulated machine: it leaks then, and nothing else.
+    // A drop waits for the kernel for a bounded time only, which may be too short on an emulated
+    // machine: it leaks then, and nothing else.
     let slow = std::env::var_os("TUN_DRIVER_SLOWNESS").is_some();
     assert!(leaked == 0 || slow && leaked < 10, "{leaked}");
 }

@@ -55,8 +55,8 @@ impl Default for WorkerConfig {
 }
 
 impl WorkerConfig {
-    /// What a worker of this configuration takes, at most. [`usize::MAX`] stands for what is beyond it, of a
-    /// configuration that [`Worker::new`](crate::Worker::new) refuses.
+    /// What a worker of this configuration takes, at most. [`usize::MAX`] stands for what is beyond
+    /// it, of a configuration that [`Worker::new`](crate::Worker::new) refuses.
     pub fn memory(&self) -> MemoryBudget {
         let arena = self.arena();
         MemoryBudget {

@@ -1,9 +1,11 @@
 //! The ring backend on a kernel of this test's own: what the real one does once in a blue moon, and
-//! strace cannot make it do. Submissions that stop in the middle, entries that are refused, late and
-//! reordered completions, a completion queue that overflows, a submission queue that stays full.
+//! strace cannot make it do. Submissions that stop in the middle, entries that are refused, late
+//! and reordered completions, a completion queue that overflows, a submission queue that stays
+//! full.
 //!
-//! The backend is the real one, with the memory of a real ring. The fake stands behind the two calls
-//! that make it move (`sys::uring::fake`), and reads and writes the queues through mappings of its own.
+//! The backend is the real one, with the memory of a real ring. The fake stands behind the two
+//! calls that make it move (`sys::uring::fake`), and reads and writes the queues through mappings
+//! of its own.
 #![allow(unsafe_code)]
 
 use std::cell::RefCell;
@@ -84,7 +86,8 @@ impl Memory {
 
     /// Asks the kernel where things lie, by a ring with the settings of the backend's.
     fn layout() -> Params {
-        // CQSIZE, SUBMIT_ALL, TASKRUN_FLAG, SINGLE_ISSUER, DEFER_TASKRUN; and NO_SQARRAY from 6.6 on.
+        // CQSIZE, SUBMIT_ALL, TASKRUN_FLAG, SINGLE_ISSUER, DEFER_TASKRUN; and NO_SQARRAY from 6.6
+        // on.
         let flags = 1 << 3 | 1 << 7 | 1 << 9 | 1 << 12 | 1 << 13;
         for flags in [flags | 1 << 16, flags] {
             let mut params = Params {
@@ -92,7 +95,8 @@ impl Memory {
                 flags,
                 ..Params::default()
             };
-            // SAFETY: io_uring_setup reads and writes one io_uring_params; the descriptor is closed.
+            // SAFETY: io_uring_setup reads and writes one io_uring_params; the descriptor is
+            // closed.
             let fd = unsafe { libc::syscall(libc::SYS_io_uring_setup, RING_ENTRIES, &raw mut params) };
             if fd >= 0 {
                 // SAFETY: the descriptor is new, and this is its only use.
@@ -302,8 +306,8 @@ impl State {
         Ok(taken)
     }
 
-    /// Takes up to `most` entries and performs them: writes in order, reads in any order, since any of
-    /// them may be the first at the queue.
+    /// Takes up to `most` entries and performs them: writes in order, reads in any order, since any
+    /// of them may be the first at the queue.
     fn submit(&mut self, most: u32) -> u32 {
         let mut entries = Vec::new();
         while (entries.len() as u32) < most
@@ -518,7 +522,8 @@ impl Rig {
         self.kernel.borrow_mut()
     }
 
-    /// Ends all of it: nothing is in flight, each entry was completed and reaped, each buffer is back.
+    /// Ends all of it: nothing is in flight, each entry was completed and reaped, each buffer is
+    /// back.
     fn end(mut self, batches: impl Sized) {
         self.state().faults = Faults::NONE;
         drop(batches);

@@ -89,10 +89,10 @@ use syscalls::SyscallBackend;
 /// sockets: when it returns, this process holds the devices no more. If the kernel does not let go, the memory is leaked and counted
 /// ([`leaked_arenas`](crate::leaked_arenas)) rather than freed.
 ///
-/// In a child of fork(2), a worker, its packets, batches and hand-offs may only be dropped: that touches
-/// neither the parent's memory nor its doorbells, and closes the child's copies of the descriptors.
-/// Everything else faults there, as neither the ring nor the buffers are inherited. Descriptors are
-/// closed on exec.
+/// In a child of fork(2), a worker, its packets, batches and hand-offs may only be dropped: that
+/// touches neither the parent's memory nor its doorbells, and closes the child's copies of the
+/// descriptors. Everything else faults there, as neither the ring nor the buffers are inherited.
+/// Descriptors are closed on exec.
 ///
 /// The kernel takes a ring down a little later and interrupts the thread for it: a call that sleeps there may fail with EINTR, as after a
 /// signal, and wants to be made again.
@@ -285,7 +285,8 @@ impl Worker {
             return Err(OpenError::refused(OpenErrorKind::InvalidSetting, "attach", detail));
         }
         if let Endpoint::Queue(queue) = &endpoint {
-            // A ring would find out by its first read, and plain calls never: a port must not begin with its end.
+            // A ring would find out by its first read, and plain calls never: a port must not begin
+            // with its end.
             queue
                 .current_name()
                 .map_err(|error| attach::os_error("ioctl(TUNGETIFF)", &error))?;
@@ -400,9 +401,9 @@ impl Worker {
     /// Gives a port's queue or socket back, with the packets that were received and not handed over yet.
     ///
     /// # Errors
-    /// [`PortErrorKind::Gone`] if it was detached before. [`PortErrorKind::Other`] if the kernel did not
-    /// end the read in flight within two seconds, could not be entered, or did not let go of the
-    /// descriptor: the port then stays.
+    /// [`PortErrorKind::Gone`] if it was detached before. [`PortErrorKind::Other`] if the kernel
+    /// did not end the read in flight within two seconds, could not be entered, or did not let go
+    /// of the descriptor: the port then stays.
     pub fn detach(&mut self, port: PortId) -> Result<Detached, PortError> {
         let index = self.ports.check(port)?;
         if let Imp::Ring(ring) = &mut self.backend {
@@ -424,10 +425,10 @@ impl Worker {
     /// empty. Signals do not end the wait.
     ///
     /// # Errors
-    /// Only if the kernel refuses to wait: for good, or for ten seconds on end for want of memory or the
-    /// like (EAGAIN, EBUSY, ENOMEM; [`WorkerCounters`](crate::WorkerCounters) counts these). In the
-    /// latter case another call tries again. Until then it goes on trying, and the deadline and the
-    /// waker end the wait as ever.
+    /// Only if the kernel refuses to wait: for good, or for ten seconds on end for want of memory
+    /// or the like (EAGAIN, EBUSY, ENOMEM; [`WorkerCounters`](crate::WorkerCounters) counts these).
+    /// In the latter case another call tries again. Until then it goes on trying, and the deadline
+    /// and the waker end the wait as ever.
     pub fn wait(&mut self, deadline: Option<Instant>) -> io::Result<Wake> {
         loop {
             match &mut self.backend {
@@ -464,8 +465,9 @@ impl Worker {
     /// Told when there are no packets to hand over first: [`PortErrorKind::Truncated`], [`PortErrorKind::NoBuffers`], and [`PortErrorKind::BadPacket`]
     /// for a virtio-net header that contradicts its packet, once each time that they happen, [`PortErrorKind::Gone`] from then on at every call.
     ///
-    /// [`PortErrorKind::Other`] with `io_uring_enter` and its errno while the ring cannot be entered
-    /// ([`wait`](Self::wait)). Nothing is lost by it: what arrived comes once the kernel is asked again.
+    /// [`PortErrorKind::Other`] with `io_uring_enter` and its errno while the ring cannot be
+    /// entered ([`wait`](Self::wait)). Nothing is lost by it: what arrived comes once the kernel is
+    /// asked again.
     pub fn recv_many(&mut self, port: PortId, batch: &mut Batch) -> Result<usize, PortError> {
         self.receive(port, batch, true)
     }
@@ -668,7 +670,8 @@ impl Worker {
         self.ports.find(port).map(|port| port.info())
     }
 
-    /// A device whose superpackets were given up, or that another holder changed, since the last call.
+    /// A device whose superpackets were given up, or that another holder changed, since the last
+    /// call.
     #[cfg(feature = "engine")]
     pub(crate) fn device_news(&mut self) -> Option<(String, DeviceNews)> {
         let is_news = |port: &&mut Port| port.outgoing.untold || port.changed.is_some();
@@ -683,12 +686,14 @@ impl Worker {
         Some((name_of(&port.endpoint), news))
     }
 
-    /// Asks the kernel whether another holder of a port's device changed the size of its virtio-net header, or switched on offloads that were
-    /// not granted here, and sets both back. Returns whether that was so.
+    /// Asks the kernel whether another holder of a port's device changed the size of its virtio-net
+    /// header, or switched on offloads that were not granted here, and sets both back. Returns
+    /// whether that was so.
     ///
-    /// A worker asks by itself where a packet looks wrong, and an engine where the kernel reports a change. What is left to ask from time to time,
-    /// for a worker without an engine: whether the device of a port without a header hands out packets with unfinished checksums. The call waits
-    /// for the kernel's lock of all network settings.
+    /// A worker asks by itself where a packet looks wrong, and an engine where the kernel reports a
+    /// change. What is left to ask from time to time, for a worker without an engine: whether the
+    /// device of a port without a header hands out packets with unfinished checksums. The call
+    /// waits for the kernel's lock of all network settings.
     ///
     /// # Errors
     /// [`PortErrorKind::Gone`] if the port was detached.
@@ -697,7 +702,8 @@ impl Worker {
         Ok(self.ports.at(index).restore())
     }
 
-    /// Gives a port the buffers that its device's MTU wants now. Returns whether they were too short before.
+    /// Gives a port the buffers that its device's MTU wants now. Returns whether they were too
+    /// short before.
     ///
     /// # Errors
     /// There are none that are long enough, or none is free.
@@ -754,7 +760,8 @@ impl Worker {
         }
     }
 
-    /// What a port is called in messages: its device as it was named when it was opened, or its socket's address. `None` if it was detached.
+    /// What a port is called in messages: its device as it was named when it was opened, or its
+    /// socket's address. `None` if it was detached.
     ///
     /// A [`PortError`] does not name its port, since it is copied about on the data path.
     pub fn port_name(&self, port: PortId) -> Option<String> {

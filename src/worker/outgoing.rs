@@ -479,8 +479,9 @@ fn run(
             packets: writes[place].packets,
         }
     });
-    // Behind a header of another size than the device's, nothing is a packet. What is none by itself
-    // raises no suspicion: a peer that sends such packets must not make this thread ask each time.
+    // Behind a header of another size than the device's, nothing is a packet. What is none by
+    // itself raises no suspicion: a peer that sends such packets must not make this thread ask each
+    // time.
     let link = port.outgoing.link;
     let is_suspect = |place: usize| {
         let first = writes[..place]

@@ -150,10 +150,12 @@ impl Sent {
 /// Batches sent to a device with a header, between two proofs that the header has the right size.
 const MOST_UNPROVED: u32 = 1024;
 
-/// Packets beyond the buffers, between two questions whether they are superpackets that another holder switched on.
+/// Packets beyond the buffers, between two questions whether they are superpackets that another
+/// holder switched on.
 const TRUNCATED_ASK: u64 = 1024;
 
-/// What ports are polled for. POLLRDHUP tells a socket with packets from one that was shut down, which is readable for good (`datagram_poll`).
+/// What ports are polled for. POLLRDHUP tells a socket with packets from one that was shut down,
+/// which is readable for good (`datagram_poll`).
 pub(super) const POLLED: libc::c_short = libc::POLLIN | libc::POLLRDHUP;
 
 /// One packet that lies in a slot and waits to be asked for.
@@ -331,7 +333,8 @@ impl Port {
         !self.inbox.is_empty()
             || self.notice.is_some()
             || match (&self.gone, &self.endpoint) {
-                // What was found readable before cannot be read any more, and must not keep the worker awake.
+                // What was found readable before cannot be read any more, and must not keep the
+                // worker awake.
                 (Some(_), _) => !self.gone_told,
                 (None, Endpoint::Handoff(end)) => self.more || self.readable || end.is_ready(),
                 _ => self.more || self.readable,
@@ -414,7 +417,8 @@ impl Port {
         Some(Received { slot, len, shape })
     }
 
-    /// Whether a packet that does not stand in place was read with a header of another size than ours; else it is a rare one, and right.
+    /// Whether a packet that does not stand in place was read with a header of another size than
+    /// ours; else it is a rare one, and right.
     #[cold]
     fn is_stray(&mut self, packet: &[u8]) -> bool {
         let link = self.outgoing.link;
@@ -445,9 +449,11 @@ impl Port {
         false
     }
 
-    /// Asks the kernel whether another holder of the device changed its header or its offloads, and sets both back. Returns whether that was so.
+    /// Asks the kernel whether another holder of the device changed its header or its offloads, and
+    /// sets both back. Returns whether that was so.
     ///
-    /// The kernel may keep one waiting for its answer ([`Queue::restore`]), so this is only called where something is wrong.
+    /// The kernel may keep one waiting for its answer ([`Queue::restore`]), so this is only called
+    /// where something is wrong.
     #[cold]
     pub(super) fn restore(&mut self) -> bool {
         self.place.unproved = 0;
@@ -461,8 +467,9 @@ impl Port {
         true
     }
 
-    /// Makes sure that a call on a queue's descriptor does not wait. Copies of the descriptor in other hands share O_NONBLOCK, and a read that
-    /// sleeps hears neither the doorbell nor a stop. (RWF_NOWAIT would need no check, but preadv2 takes a quarter longer than read.)
+    /// Makes sure that a call on a queue's descriptor does not wait. Copies of the descriptor in
+    /// other hands share O_NONBLOCK, and a read that sleeps hears neither the doorbell nor a stop.
+    /// (RWF_NOWAIT would need no check, but preadv2 takes a quarter longer than read.)
     #[inline]
     pub(super) fn assure_nonblocking(&mut self) {
         if let Endpoint::Queue(queue) = &self.endpoint
@@ -486,8 +493,8 @@ impl Port {
         self.notice = Some(PortError::new(PortErrorKind::Changed, call, libc::EBADMSG));
     }
 
-    /// Called for each batch that is sent. The kernel takes frames behind a header of the wrong size without a word; where nothing comes back that
-    /// would show it, it is asked now and then.
+    /// Called for each batch that is sent. The kernel takes frames behind a header of the wrong
+    /// size without a word; where nothing comes back that would show it, it is asked now and then.
     #[inline]
     pub(super) fn sends(&mut self) {
         if self.outgoing.vnet {

@@ -34,7 +34,8 @@ const DOORBELL: u32 = 0;
 
 /// How long a worker that ends waits for the kernel to let go of its memory.
 const DRAIN_BOUND: Duration = Duration::from_secs(2);
-/// Tries to have it let go, at least: as many as fit into the bound if each one waits twice in vain.
+/// Tries to have it let go, at least: as many as fit into the bound if each one waits twice in
+/// vain.
 const DRAIN_ROUNDS: u32 = 10;
 /// How long a refusal to enter the ring (EAGAIN, EBUSY, ENOMEM) may last before it is an error of
 /// a wait, or, with writes in flight, the end of the ring.
@@ -1040,7 +1041,8 @@ impl RingBackend {
             let _ = self
                 .handle
                 .sync_cancel(&self.ring.submitter(), Timespec::from(DRAIN_BOUND / 20));
-            // Not through `enter`: nothing more may be submitted, and a broken ring may still complete.
+            // Not through `enter`: nothing more may be submitted, and a broken ring may still
+            // complete.
             let entered = self.handle.enter(0, 1, true, Some(DRAIN_BOUND / 20));
             if entered.is_err_and(|error| error.raw_os_error() != Some(libc::ETIME)) {
                 std::thread::sleep(FIRST_PAUSE);

@@ -11,10 +11,12 @@ use crate::sys::socket_options::SocketOptions;
 /// Reports of earlier datagrams (ICMP) that one receive takes note of before it gives up.
 const REPORTS: usize = 8;
 
-/// How often a datagram is sent again after reports of earlier ones: one can come for each datagram that is still on its way.
+/// How often a datagram is sent again after reports of earlier ones: one can come for each datagram
+/// that is still on its way.
 const ATTEMPTS: usize = 4 * LONGEST as usize;
 
-/// EMSGSIZE in a row that is taken to be about the datagram itself: the first of a batch, and the next ones.
+/// EMSGSIZE in a row that is taken to be about the datagram itself: the first of a batch, and the
+/// next ones.
 const TOO_LONG: [u64; 2] = [16, 4];
 
 /// Receives what is there, at most the room of the batch. Never blocks.
@@ -102,7 +104,8 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
                 }
                 port.failed("recvmmsg", errno);
                 if port.shut && errno == libc::EAGAIN {
-                    // It stays readable, so that every wait would end at once: it cannot be waited for any more.
+                    // It stays readable, so that every wait would end at once: it cannot be waited
+                    // for any more.
                     port.set_gone(PortError::new(PortErrorKind::Gone, "shutdown", libc::ESHUTDOWN));
                 }
                 return;
@@ -165,8 +168,9 @@ pub(super) fn send(cx: &mut Context, port: &mut Port, batch: &mut [PacketBuf]) -
         match verdict {
             None => {
                 doubt.note(port, errno);
-                // Right before the next attempt, so that only what comes between the two calls can fail it: under
-                // a flood of ICMP there is one for each datagram that is tried otherwise.
+                // Right before the next attempt, so that only what comes between the two calls can
+                // fail it: under a flood of ICMP there is one for each datagram that is tried
+                // otherwise.
                 port.tally.system_calls.add(1);
                 if let Some(report) = SocketOptions::take_report(port.fd) {
                     port.tally.reported.add(report);
@@ -194,7 +198,8 @@ fn is_wildcard(port: &Port) -> bool {
     port.socket.as_ref().is_some_and(|socket| socket.wildcard)
 }
 
-/// Whether a receive that failed with `errno` is to be made again: the errno is not about what there is to receive.
+/// Whether a receive that failed with `errno` is to be made again: the errno is not about what
+/// there is to receive.
 fn is_passing(errno: i32) -> bool {
     matches!(
         SocketErrno::of(errno),
@@ -202,7 +207,8 @@ fn is_passing(errno: i32) -> bool {
     )
 }
 
-/// Errors of one datagram that may be reports about earlier ones: known once the datagram was sent, or failed in another way.
+/// Errors of one datagram that may be reports about earlier ones: known once the datagram was sent,
+/// or failed in another way.
 #[derive(Default)]
 struct Doubt {
     last: i32,

@@ -94,7 +94,8 @@ pub fn run(trials: Vec<Trial>) -> ! {
     if let Some(reason) = &refusal {
         eprintln!("no network namespace: {reason}");
     }
-    // Without privilege all trials share one limit of locked memory, which is counted per user. Side by side they would take it from each other.
+    // Without privilege all trials share one limit of locked memory, which is counted per user.
+    // Side by side they would take it from each other.
     let serial = refusal.is_none() && !arguments.list && !in_initial_user_namespace();
     let arguments = Arguments {
         test_threads: if serial { Some(1) } else { arguments.test_threads },
@@ -140,7 +141,8 @@ pub fn need_tun() {
     }
 }
 
-/// Skips the trial unless these numbers mean users and groups here: in a user namespace made without privilege only 0 does.
+/// Skips the trial unless these numbers mean users and groups here: in a user namespace made
+/// without privilege only 0 does.
 pub fn need_ids(ids: &[u32]) {
     let mapped = |map: &str, id: u32| {
         let text = fs::read_to_string(map).expect("procfs");
@@ -164,13 +166,15 @@ pub fn need_ids(ids: &[u32]) {
     }
 }
 
-/// Whether capabilities count for what the kernel asks of the initial user namespace: locked memory and buffers beyond the limits.
+/// Whether capabilities count for what the kernel asks of the initial user namespace: locked memory
+/// and buffers beyond the limits.
 fn in_initial_user_namespace() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").expect("procfs");
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
 
-/// Skips the trial unless the process may lock so much memory: a ring's registered buffers count, and a worker takes fewer beyond the limit.
+/// Skips the trial unless the process may lock so much memory: a ring's registered buffers count,
+/// and a worker takes fewer beyond the limit.
 pub fn need_locked_memory(bytes: u64) {
     let support = Support::probe();
     if support.cap_ipc_lock && in_initial_user_namespace() {
@@ -185,10 +189,12 @@ pub fn need_locked_memory(bytes: u64) {
     }
 }
 
-/// Skips the trial unless a socket may have a receive buffer of so many bytes, by privilege or by the host's limit.
+/// Skips the trial unless a socket may have a receive buffer of so many bytes, by privilege or by
+/// the host's limit.
 pub fn need_receive_buffer(bytes: u64) {
     const LIMIT: &str = "/proc/sys/net/core/rmem_max";
-    // In a network namespace that is not the initial one, older kernels do not show it; the limit is the host's then.
+    // In a network namespace that is not the initial one, older kernels do not show it; the limit
+    // is the host's then.
     let limit = fs::read_to_string(LIMIT).map_or(0, |text| text.trim().parse().expect(LIMIT));
     if !in_initial_user_namespace() && limit < bytes {
         skip(format!(

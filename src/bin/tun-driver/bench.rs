@@ -93,7 +93,8 @@ pub(crate) struct Results {
     pub(crate) rounds: usize,
     pub(crate) rootless: bool,
     pub(crate) seconds: f64,
-    /// Why measurements are missing or rest on fewer rounds: the run was interrupted, or one of them failed.
+    /// Why measurements are missing or rest on fewer rounds: the run was interrupted, or one of
+    /// them failed.
     pub(crate) incomplete: Option<String>,
     /// Ways that could not run here, with the reason.
     pub(crate) missing: Vec<String>,
@@ -369,7 +370,8 @@ struct Course<'a> {
 }
 
 impl Course<'_> {
-    /// Measures a case. On a terminal a bar shows how far it is; elsewhere a line says that it begins.
+    /// Measures a case. On a terminal a bar shows how far it is; elsewhere a line says that it
+    /// begins.
     fn case<T>(
         &mut self,
         title: &str,

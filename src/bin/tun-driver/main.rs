@@ -1,7 +1,8 @@
 //! The tool `tun-driver`: what this host can do, and how fast it does it.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit that the caller set was missed, 77 the host lacks something,
-//! 130 interrupted before it was complete (what was measured by then is written, and marked).
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit that the caller set was missed, 77 the
+//! host lacks something, 130 interrupted before it was complete (what was measured by then is
+//! written, and marked).
 
 mod bench;
 mod doctor;
@@ -31,17 +32,19 @@ struct Arguments {
 enum Verb {
     /// Measures the library in a throw-away network namespace, each backend against the plain loop.
     ///
-    /// Receive, send, forward, superpackets, round trips, set rates, several queues and workers, and how long it takes to reach a worker
-    /// and to stop an engine; `--only` selects among them.
+    /// Receive, send, forward, superpackets, round trips, set rates, several queues and workers,
+    /// and how long it takes to reach a worker and to stop an engine; `--only` selects among them.
     ///
     /// Changes nothing on the host: devices, addresses and packets live in a namespace that ends with the run. Needs root, or user
     /// namespaces and a /dev/net/tun that may be opened.
     ///
-    /// Ctrl-C ends it early with exit code 130: what was measured by then is written, and marked as incomplete.
+    /// Ctrl-C ends it early with exit code 130: what was measured by then is written, and marked as
+    /// incomplete.
     Bench(bench::Options),
     /// Reports what this host supports, a line each, with the remedy for what is missing.
     ///
-    /// Exit code 77 if something is missing; what only works less well is "reduced", and no failure.
+    /// Exit code 77 if something is missing; what only works less well is "reduced", and no
+    /// failure.
     Doctor(doctor::Options),
     /// Sends stamped test packets on a fixed schedule, from the network namespace in which it is started.
     ///
@@ -117,8 +120,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// The command line. A word that begins with a hyphen is the value of an option that takes no text, so that `--duration -1` is refused as a
-/// duration, by name, and not as an unknown option.
+/// The command line. A word that begins with a hyphen is the value of an option that takes no text,
+/// so that `--duration -1` is refused as a duration, by name, and not as an unknown option.
 fn command() -> clap::Command {
     Arguments::command().mut_subcommands(|verb| {
         verb.mut_args(|option| {
@@ -180,7 +183,8 @@ fn number(text: &str) -> Result<u64, String> {
     if let Ok(whole) = digits.parse::<u64>() {
         return whole.checked_mul(factor).ok_or_else(|| "more than 2^64".to_owned());
     }
-    // With a point. Written without sign and exponent, so that only what a person would write is taken.
+    // With a point. Written without sign and exponent, so that only what a person would write is
+    // taken.
     if factor == 1 || digits.starts_with('.') || !digits.chars().all(|digit| digit.is_ascii_digit() || digit == '.') {
         return Err(unknown());
     }

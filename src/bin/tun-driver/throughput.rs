@@ -203,7 +203,8 @@ pub(crate) struct Row {
     pub(crate) size: Size,
     /// `MRR`, `NDR`, `PDR` or `fixed`.
     pub(crate) what: &'static str,
-    /// Packets received per second, over the repeats: for a search, the lower bounds. None if no search found one.
+    /// Packets received per second, over the repeats: for a search, the lower bounds. None if no
+    /// search found one.
     pub(crate) rate: Option<Spread>,
     /// The upper bounds of searches.
     pub(crate) upper: Option<Spread>,
@@ -247,8 +248,8 @@ const WAITS: [(&str, Wait); 3] = [
     ),
 ];
 
-/// A search that took longer than so many of its long trials ends with what it has. On a quiet machine it takes eight or
-/// so; one that always loses packets by chance takes many.
+/// A search that took longer than so many of its long trials ends with what it has. On a quiet
+/// machine it takes eight or so; one that always loses packets by chance takes many.
 const PATIENCE: u32 = 100;
 
 /// The bounds of a search are this near: searches of one machine differ by more.
@@ -574,7 +575,8 @@ impl Run<'_> {
             // A little above what it offered, since that was one moment's ceiling.
             let search = Search::new(&settings, &shares, ceiling * 1.05).starting_at(start);
             let found = self.search(rig, mode, size, search)?;
-            // What passed is near what passes next; where nothing did, the start was as good as any.
+            // What passed is near what passes next; where nothing did, the start was as good as
+            // any.
             let passed = found.bounds.iter().filter_map(|bounds| bounds.lower);
             start = passed.reduce(f64::min).unwrap_or(start);
             searches.push(found);
@@ -768,7 +770,8 @@ fn found_row(mode: Mode, size: Size, what: &'static str, goal: usize, searches: 
     let bounds: Vec<Bounds> = searches.iter().map(|search| search.bounds[goal]).collect();
     let lowers: Vec<f64> = bounds.iter().filter_map(|bounds| bounds.lower).collect();
     let uppers: Vec<f64> = bounds.iter().map(|bounds| bounds.upper).collect();
-    // The trial that is shown: of the search in the middle, the last one that passed nearest to its lower bound.
+    // The trial that is shown: of the search in the middle, the last one that passed nearest to its
+    // lower bound.
     let mut order: Vec<(f64, &Found)> = bounds
         .iter()
         .zip(searches)

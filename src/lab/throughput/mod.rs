@@ -857,7 +857,8 @@ impl Measured {
         self.sent() as f64 / self.wall.as_secs_f64().max(1e-9)
     }
 
-    /// The share of what was sent that did not arrive: what the generator did not send is no loss of the engine's.
+    /// The share of what was sent that did not arrive: what the generator did not send is no loss
+    /// of the engine's.
     pub fn loss_of_sent(&self) -> f64 {
         self.sent().saturating_sub(self.received) as f64 / self.sent().max(1) as f64
     }

@@ -1,14 +1,17 @@
-//! The search for the highest rate at which no more than a given share is lost, as RFC 2544 and FD.io CSIT search.
+//! The search for the highest rate at which no more than a given share is lost, as RFC 2544 and
+//! FD.io CSIT search.
 //!
-//! Loss near the limit is a matter of luck, and a shared machine pauses now and then for reasons outside the test. So
-//! several trials judge a rate: it passes or fails by the majority, a failure by two at least (MLRsearch calls that an
-//! exceed ratio of one half). A search ends with two bounds per goal: the lower one passed as often as
-//! [`Settings::confirmations`] says in trials of full length, the upper one failed. Several goals share their trials.
+//! Loss near the limit is a matter of luck, and a shared machine pauses now and then for reasons
+//! outside the test. So several trials judge a rate: it passes or fails by the majority, a failure
+//! by two at least (MLRsearch calls that an exceed ratio of one half). A search ends with two
+//! bounds per goal: the lower one passed as often as [`Settings::confirmations`] says in trials of
+//! full length, the upper one failed. Several goals share their trials.
 //!
 //! # Rates
 //!
-//! All rates that are asked for lie on one logarithmic scale, [`Settings::resolution`] apart, with the ceiling at its top.
-//! A trial is judged by the rate that was asked for, not by the one that was measured, so that trials of one rate meet:
+//! All rates that are asked for lie on one logarithmic scale, [`Settings::resolution`] apart, with
+//! the ceiling at its top. A trial is judged by the rate that was asked for, not by the one that
+//! was measured, so that trials of one rate meet:
 //!
 //! | trial | counts |
 //! |---|---|
@@ -16,12 +19,14 @@
 //! | too much was lost | against the rate that was asked for |
 //! | the generator fell behind, nothing too much was lost | against the rate that was asked for, and for what it offered and all below |
 //!
-//! The search doubles its distance from where it began until it has a rate that passes and one that does not, and halves
-//! what is between them. A single bad trial is enough to go lower while the bounds are far apart, where trials are short;
-//! the rate is asked for again once it is the upper bound. Rates at which a short trial has fewer than 200 packets are not
-//! tried: a share of half a per cent cannot be seen there. If nothing passes above, there is no lower bound.
+//! The search doubles its distance from where it began until it has a rate that passes and one that
+//! does not, and halves what is between them. A single bad trial is enough to go lower while the
+//! bounds are far apart, where trials are short; the rate is asked for again once it is the upper
+//! bound. Rates at which a short trial has fewer than 200 packets are not tried: a share of half a
+//! per cent cannot be seen there. If nothing passes above, there is no lower bound.
 //!
-//! The search itself does no I/O: [`Search::next`] returns the trial to make, [`Search::record`] takes its outcome.
+//! The search itself does no I/O: [`Search::next`] returns the trial to make, [`Search::record`]
+//! takes its outcome.
 //!
 //! ```
 //! use tun_driver::lab::throughput::search::{Outcome, Search, Settings};
@@ -46,7 +51,8 @@ pub struct Settings {
     pub time: Duration,
     /// Length of the trials that only bring the bounds near.
     pub short: Duration,
-    /// The bounds of a goal are at most this far apart, as a share of the lower one; at least a millionth.
+    /// The bounds of a goal are at most this far apart, as a share of the lower one; at least a
+    /// millionth.
     pub resolution: f64,
     /// How often a lower bound has to pass in trials of full length.
     pub confirmations: u32,
@@ -83,9 +89,11 @@ pub struct Bounds {
     pub goal: f64,
     /// The highest rate that passed, below all that failed; none if nothing did.
     pub lower: Option<f64>,
-    /// The lowest rate above it that failed or could not be offered; where there is none, the ceiling.
+    /// The lowest rate above it that failed or could not be offered; where there is none, the
+    /// ceiling.
     pub upper: f64,
-    /// The generator, not the device, sets the bound: nothing was lost at the most that could be offered.
+    /// The generator, not the device, sets the bound: nothing was lost at the most that could be
+    /// offered.
     pub generator_bound: bool,
     /// The bounds are as near and as often confirmed as was asked for, or no rate passes.
     pub complete: bool,
@@ -147,7 +155,8 @@ enum Verdict {
 /// Between these the bounds are near enough for trials of full length.
 const NEAR: f64 = 0.04;
 
-/// A short trial at the lowest rate has as many packets: fewer do not show a loss of half a per cent.
+/// A short trial at the lowest rate has as many packets: fewer do not show a loss of half a per
+/// cent.
 const LEAST_PACKETS: f64 = 200.0;
 
 /// One second, one half per cent, twice: for a look. RFC 2544 wants a minute.
@@ -299,7 +308,8 @@ impl Search {
         (self.verdict(goal, level) != Verdict::Failed).then_some((level, true))
     }
 
-    /// The highest level that passed below all that failed, and the lowest above it that was asked for and did not pass.
+    /// The highest level that passed below all that failed, and the lowest above it that was asked
+    /// for and did not pass.
     fn around(&self, goal: &Goal) -> (Option<u32>, Option<u32>) {
         let asked = self.tried.iter().map(|tried| tried.asked);
         let failed = asked
@@ -356,7 +366,8 @@ mod tests {
     /// A goal of no loss, and one of half a per cent.
     const GOALS: [f64; 2] = [0.0, 0.005];
 
-    /// The device: what it loses at a rate. The generator: what it offers of a rate, and whether it kept it.
+    /// The device: what it loses at a rate. The generator: what it offers of a rate, and whether it
+    /// kept it.
     fn run(
         search: &mut Search,
         mut loss: impl FnMut(f64) -> f64,
@@ -492,7 +503,8 @@ mod tests {
             prop_assert!((1.0 - settings.resolution..1.0 + 1e-9).contains(&lower), "{bounds:?}");
         }
 
-        // Two queues and the generator on two CPUs: each trial above the limit loses packets and falls behind as well.
+        // Two queues and the generator on two CPUs: each trial above the limit loses packets and
+        // falls behind as well.
         #[test]
         fn a_generator_that_falls_behind_where_packets_are_lost_does_not_hide_the_limit(
             limit in 100_000.0..1e6f64, above in 1.1..3.0f64, luck in dice(),
@@ -605,7 +617,8 @@ mod tests {
             resolution: 0.01,
             ..Settings::default()
         };
-        // From never to always over a range that is so many times as wide as the rate in its middle.
+        // From never to always over a range that is so many times as wide as the rate in its
+        // middle.
         for wide in [0.1, 0.3, 1.0, 2.0] {
             let mut start = 300_000.0;
             let mut trials = Vec::new();

@@ -88,8 +88,8 @@ const CASES: &[(&str, &str, &str)] = &[
     ),
 ];
 
-/// How each way is drawn, the same everywhere. Baselines share the first look. No two ways of one plot look the same, as long as there are looks
-/// enough for that plot.
+/// How each way is drawn, the same everywhere. Baselines share the first look. No two ways of one
+/// plot look the same, as long as there are looks enough for that plot.
 struct Looks {
     ways: Vec<(String, usize)>,
     baselines: Vec<String>,

@@ -41,7 +41,8 @@ pub(super) fn quartiles(value: &Spread, scale: f64) -> String {
     format!("{low:.decimals$}–{high:.decimals$}")
 }
 
-/// Ratios have two decimals; below 0.1 three digits, as 0.07 stands for anything from 0.065 to 0.075.
+/// Ratios have two decimals; below 0.1 three digits, as 0.07 stands for anything from 0.065 to
+/// 0.075.
 pub(super) fn ratio(value: &Spread) -> (String, String) {
     if value.median < 0.0995 {
         return (short(value.median), quartiles(value, 1.0));

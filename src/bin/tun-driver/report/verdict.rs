@@ -6,7 +6,8 @@ use tun_driver::lab::offload_cases::{GBIT, MINIMAL};
 use super::numbers;
 use crate::bench::Results;
 
-/// Throughput, superpackets, latency, and moderate rates with scaling. A sentence whose measurements are missing is left out.
+/// Throughput, superpackets, latency, and moderate rates with scaling. A sentence whose
+/// measurements are missing is left out.
 pub(super) fn sentences(results: &Results) -> Vec<String> {
     let sentences: Vec<String> = [
         throughput(results),
@@ -42,7 +43,8 @@ fn throughput(results: &Results) -> Option<String> {
     }
 }
 
-/// The worker beside both loops: the one that it is compared with, and the one that moves the same superpackets by system calls alone.
+/// The worker beside both loops: the one that it is compared with, and the one that moves the same
+/// superpackets by system calls alone.
 fn superpackets(results: &Results) -> Option<String> {
     let outcome = results.outcomes.iter().find(|outcome| outcome.key == "superpackets")?;
     let ways = &outcome.report.ways;
