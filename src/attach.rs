@@ -50,6 +50,8 @@ pub(crate) fn open_node(nonblocking: bool) -> Result<OwnedFd, OpenError> {
 
 /// How long a name that is taken may be that of a device which is about to go.
 const GOING: Duration = Duration::from_millis(200);
+/// How often it is asked for at least.
+const LEAST_TRIES: u32 = 10;
 
 /// Like [`set_iff`], but waits a moment for a TUN/TAP device that is in the way: after its holder
 /// was killed it stays for some tens of milliseconds, until the kernel has taken its rings apart.
@@ -60,15 +62,23 @@ pub(crate) fn set_iff_once_free(
     control: &ControlSocket,
 ) -> Result<IfName, OpenError> {
     let deadline = Instant::now() + GOING;
+    let mut tries = 0;
     loop {
         let error = match tun::set_iff(fd, name, flags) {
             Ok(name) => return Ok(name),
             Err(error) => error,
         };
-        let in_the_way = matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EINVAL))
-            && matches!(present(name, control), Some(Present::Tun(_)));
-        if !in_the_way || Instant::now() >= deadline {
-            return Err(explain_set_iff(&error, name, flags, control));
+        let present = present(name, control);
+        let in_the_way = match (error.raw_os_error(), &present) {
+            (Some(libc::EBUSY | libc::EINVAL), Some(Present::Tun(_))) => true,
+            // It went between the two questions.
+            (Some(libc::EBUSY), None) => true,
+            _ => false,
+        };
+        tries += 1;
+        // A single try can take that long: it waits for the lock that the device's end needs too.
+        if !in_the_way || Instant::now() >= deadline && tries >= LEAST_TRIES {
+            return Err(explain_set_iff(&error, name, flags, present));
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -81,7 +91,7 @@ pub(crate) fn set_iff(
     flags: u16,
     control: &ControlSocket,
 ) -> Result<IfName, OpenError> {
-    tun::set_iff(fd, name, flags).map_err(|error| explain_set_iff(&error, name, flags, control))
+    tun::set_iff(fd, name, flags).map_err(|error| explain_set_iff(&error, name, flags, present(name, control)))
 }
 
 /// TUNGETIFF of a queue just attached: it must be on the device `name`, with exactly the flags asked for. Returns all its flags, and
@@ -250,9 +260,8 @@ pub(crate) fn flag_names(flags: u16) -> String {
 const NEEDS_NET_ADMIN: &str = "the caller lacks CAP_NET_ADMIN in the user namespace that owns this network namespace; \
      run as root, or give the program the capability (setcap cap_net_admin+ep)";
 
-fn explain_set_iff(error: &io::Error, name: &IfName, flags: u16, control: &ControlSocket) -> OpenError {
+fn explain_set_iff(error: &io::Error, name: &IfName, flags: u16, present: Option<Present>) -> OpenError {
     const CALL: &str = "ioctl(TUNSETIFF)";
-    let present = present(name, control);
     let (kind, detail) = match error.raw_os_error() {
         Some(libc::EPERM) if present.is_some() => (
             OpenErrorKind::Permission,
@@ -331,6 +340,8 @@ fn present(name: &IfName, control: &ControlSocket) -> Option<Present> {
     Some(match control.driver(name) {
         Ok((driver, bus)) if driver == "tun" => Present::Tun(if bus == "tap" { Mode::Tap } else { Mode::Tun }),
         Ok((driver, _)) if !driver.is_empty() => Present::Other(format!("driver {driver}")),
+        // It went meanwhile.
+        Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return None,
         _ => Present::Other("of unknown driver".to_owned()),
     })
 }

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -48,6 +48,13 @@ fn main() {
         trials.push(trial(name, move || forks(backend)).alone());
         let name = format!("a forked child drops an engine, and the parent goes on {backend:?}");
         trials.push(trial(name, move || fork_of_an_engine(backend)).alone());
+        let name = format!("a worker that is killed leaves its device's name to the next one {backend:?}");
+        trials.push(trial(name, move || killed(backend)).alone());
+        for engine in [false, true] {
+            let what = if engine { "an engine" } else { "a worker" };
+            let name = format!("{what} that is stopped under traffic and goes on loses nothing {backend:?}");
+            trials.push(trial(name, move || stopped(backend, engine)).alone());
+        }
         let name = format!("signals at 10 kHz end no call and lose nothing {backend:?}");
         trials.push(trial(name, move || under_signals(backend)));
         trials.push(trial(
@@ -904,6 +911,192 @@ fn fork_of_an_engine(backend: Backend) {
         thread::sleep(Duration::from_millis(5));
     }
     assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+/// A forked child, which is killed unless it has ended.
+struct Child(libc::pid_t);
+
+impl Child {
+    fn start(work: impl FnOnce()) -> Self {
+        // SAFETY: the child runs on this thread alone; it allocates, which glibc allows after a fork, and
+        // ends by _exit.
+        match unsafe { libc::fork() } {
+            -1 => panic!("fork: {}", std::io::Error::last_os_error()),
+            0 => {
+                let ended = catch_unwind(AssertUnwindSafe(work));
+                // SAFETY: it ends the child at once.
+                unsafe { libc::_exit(i32::from(ended.is_err())) }
+            }
+            pid => Self(pid),
+        }
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: no pointers; a child that was not waited for.
+        assert_eq!(unsafe { libc::kill(self.0, signal) }, 0);
+    }
+
+    /// Waits until it has ended or, with WUNTRACED, was stopped, and returns the status of waitpid(2).
+    fn status(&mut self, flags: i32) -> i32 {
+        let mut status = 0;
+        eventually("the child's state changes", || {
+            // SAFETY: `status` is writable, and the child was not waited for.
+            unsafe { libc::waitpid(self.0, &raw mut status, flags | libc::WNOHANG) == self.0 }
+        });
+        if !libc::WIFSTOPPED(status) {
+            self.0 = 0;
+        }
+        status
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if self.0 > 0 {
+            // SAFETY: a child that was not waited for, and is here.
+            unsafe {
+                libc::kill(self.0, libc::SIGKILL);
+                libc::waitpid(self.0, std::ptr::null_mut(), 0);
+            }
+        }
+    }
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(20) * common::slowness();
+    while !done() {
+        assert!(Instant::now() < end, "never: {what}");
+        thread::sleep(Duration::from_micros(200));
+    }
+}
+
+/// What a child and its parent have in common: zeroes at first.
+fn shared_words() -> &'static [AtomicU64; 2] {
+    let (prot, flags) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+    );
+    // SAFETY: a new mapping at the kernel's choice, which is never unmapped, and large and aligned enough.
+    unsafe {
+        let at = libc::mmap(std::ptr::null_mut(), 4096, prot, flags, -1, 0);
+        assert_ne!(at, libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        &*at.cast()
+    }
+}
+
+// T1, by SIGKILL.
+fn killed(backend: Backend) {
+    need_backend(backend);
+    let netns = Namespace::current().unwrap();
+    let over = AtomicBool::new(false);
+    let [received, _] = shared_words();
+    thread::scope(|scope| {
+        let _end = End(&over);
+        scope.spawn(|| flood(&netns, &over));
+        for _ in 0..repeats(20, 300) {
+            received.store(0, Ordering::Relaxed);
+            let mut child = Child::start(|| {
+                let (mut port, _) = driven(backend);
+                let mut batch = Batch::with_capacity(64);
+                loop {
+                    let got = port.recv_many(&mut batch).unwrap();
+                    assert_eq!(port.send_many(&mut batch).stopped, None);
+                    received.fetch_add(got as u64, Ordering::Relaxed);
+                }
+            });
+            eventually("the child receives", || received.load(Ordering::Relaxed) > 50);
+            child.signal(libc::SIGKILL);
+            let status = child.status(0);
+            assert!(libc::WIFSIGNALED(status), "{status:#x}");
+            // The same name and address, and packets come. A ring is taken apart behind its process's end, which takes
+            // longer than an opening waits where the machine is busy. A name that is free is never refused.
+            let free = || match Builder::new("t0", Mode::Tun).open() {
+                Ok(_) => true,
+                Err(error) => {
+                    assert_eq!(error.kind(), OpenErrorKind::NameTaken, "{error}");
+                    assert!(error.detail().contains("a TUN device already"), "{error}");
+                    false
+                }
+            };
+            eventually("the name is free", free);
+            let (mut port, _) = driven(backend);
+            assert!(port.recv_many(&mut Batch::with_capacity(64)).unwrap() > 0);
+        }
+    });
+}
+
+// T24
+fn stopped(backend: Backend, engine: bool) {
+    need_backend(backend);
+    let device = Builder::new("t0", Mode::Tun)
+        .queues(2)
+        .address(HERE, 24)
+        .up(true)
+        .open()
+        .unwrap();
+    let index = device.index().unwrap();
+    let [received, over] = shared_words();
+    let mut device = Some(device);
+    let mut child = Child::start(|| {
+        let count = |batch: &Batch| received.fetch_add(batch.len() as u64, Ordering::Relaxed);
+        let device = device.take().unwrap();
+        if engine {
+            let engine = tun_driver::Engine::builder()
+                .device(device)
+                .workers(2)
+                .config(config(backend));
+            let engine = engine.start_fn(move |worker: &mut Worker, port, batch: &mut Batch| {
+                count(batch);
+                let _ = worker.send_many(port, batch);
+            });
+            let engine = engine.unwrap();
+            while over.load(Ordering::Relaxed) == 0 {
+                thread::sleep(Duration::from_millis(1));
+            }
+            assert!(engine.stop_within(Duration::from_secs(20)).is_clean());
+            return;
+        }
+        let mut worker = Worker::new(&config(backend)).unwrap();
+        for queue in device.into_queues() {
+            worker.attach(queue).unwrap();
+        }
+        let mut batch = Batch::with_capacity(64);
+        while over.load(Ordering::Relaxed) == 0 {
+            worker.wait(Some(Instant::now() + Duration::from_millis(10))).unwrap();
+            while let Some(port) = worker.next_ready() {
+                worker.try_recv_many(port, &mut batch).unwrap();
+                count(&batch);
+                assert_eq!(worker.send_many(port, &mut batch).stopped, None);
+                batch.clear();
+            }
+        }
+        let (free, all) = worker.buffers();
+        drop(worker);
+        assert!(free > 0 && free <= all);
+    });
+    // The queues are the child's alone.
+    drop(device);
+    let mut filler = Filler::new(index, THERE.into(), 8).unwrap();
+    let mut offer = |count| {
+        let filled = filler.fill(count, 64).unwrap();
+        filled.sent - filled.dropped
+    };
+    let mut expected = 0;
+    for round in 0..repeats(20, 300) {
+        expected += offer(30);
+        // While these are on their way.
+        child.signal(libc::SIGSTOP);
+        assert!(libc::WIFSTOPPED(child.status(libc::WUNTRACED)));
+        // What the queues hold, and in each fifth round more: the device says how many it dropped.
+        let count = if round % 5 == 4 { 3_000 } else { 100 };
+        expected += offer(count);
+        child.signal(libc::SIGCONT);
+        expected += offer(30);
+        eventually("all come", || received.load(Ordering::Relaxed) >= expected);
+        assert_eq!(received.load(Ordering::Relaxed), expected, "round {round}");
+    }
+    over.store(1, Ordering::Relaxed);
+    assert_eq!(child.status(0), 0, "it ends as it should");
 }
 
 extern "C" fn nothing(_: i32) {}
