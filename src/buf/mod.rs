@@ -14,6 +14,8 @@ mod remote;
 mod shape;
 
 pub use crate::sys::ancillary::LocalAddr;
+#[cfg(test)]
+pub(crate) use arena::Shared;
 pub use arena::leaked_arenas;
 pub(crate) use arena::{
     Account, Arena, ArenaConfig, HIDDEN_RESERVE, LARGE_PACKET, LINK_HEADER, MOST_ACCOUNTS, SizeClass, leak_memory,

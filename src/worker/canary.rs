@@ -3,17 +3,19 @@
 #![allow(unsafe_code)]
 
 use std::net::UdpSocket;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::buf::{Arena, SizeClass};
+use crate::buf::{Shared, SizeClass};
 use crate::lab::{Namespace, Sandbox};
-use crate::{Backend, Batch, Builder, Mode, Support, Worker, WorkerConfig};
+use crate::{Backend, Batch, Builder, Mode, Queue, Support, Worker, WorkerConfig};
 
 /// T1: how often, and in a long run.
 const DROPS: [usize; 2] = [1_000, 10_000];
+/// How many workers are forgotten.
+const FORGOTTEN: [usize; 2] = [10, 100];
 const PAINT: u8 = 0xa5;
 
 #[test]
@@ -74,8 +76,15 @@ fn drop_under_traffic() {
         let mut received = 0;
         let long = std::env::var_os("TUN_DRIVER_LONG").is_some_and(|long| !long.is_empty() && long != "0");
         for round in 0..DROPS[usize::from(long)] {
-            let mut worker = Worker::new(&config).expect("a worker");
             let queue = next.take().expect("a queue");
+            if round % 10 == 5 {
+                // By a panic on another thread, which has the worker.
+                let memory = end_by_a_panic(&config, queue);
+                next = Some(control.add_queue().expect("a queue again"));
+                stays_painted(&memory, round);
+                continue;
+            }
+            let mut worker = Worker::new(&config).expect("a worker");
             let port = worker.attach(queue).expect("a port");
             // A worker that has not received yet is sure to arm a read.
             if round % 10 == 9 {
@@ -83,22 +92,35 @@ fn drop_under_traffic() {
                 batch.clear();
             }
             worker.wait(Some(Instant::now())).expect("a read is armed");
-            let arena = Rc::clone(&worker.cx.arena);
+            let memory = Memory::of(&worker);
             if round == 0 {
                 // That the paint shows a write at all: a worker that lives receives into it.
-                paint(&arena);
+                memory.paint();
                 worker.recv_many(port, &mut batch).expect("packets come");
                 batch.clear();
-                assert!(!is_painted(&arena), "a write does not show");
+                assert!(!memory.is_painted(), "a write does not show");
             }
             // Asked of this worker, not of the process's count, in which other tests have a part.
             let clean = worker.let_go();
             drop(worker);
             leaked += usize::from(!clean);
             next = Some(control.add_queue().expect("a queue again"));
-            paint(&arena);
-            thread::sleep(Duration::from_micros(300));
-            assert!(is_painted(&arena), "written to after drop {round}");
+            stays_painted(&memory, round);
+        }
+        for round in 0..FORGOTTEN[usize::from(long)] {
+            // Its memory stays mapped and its queue attached; the kernel goes on with its read, and with nothing else.
+            let mut forgotten = Worker::new(&config).expect("a worker");
+            forgotten.attach(next.take().expect("a queue")).expect("a port");
+            forgotten.wait(Some(Instant::now())).expect("a read is armed");
+            std::mem::forget(forgotten);
+            let mut worker = Worker::new(&config).expect("a worker");
+            let queue = control.add_queue().expect("a queue beside it");
+            worker.attach(queue).expect("a port");
+            worker.wait(Some(Instant::now())).expect("a read is armed");
+            let memory = Memory::of(&worker);
+            drop(worker);
+            next = Some(control.add_queue().expect("a queue again"));
+            stays_painted(&memory, round);
         }
         assert!(received > 0);
     });
@@ -117,15 +139,56 @@ impl Drop for End<'_> {
     }
 }
 
-fn paint(arena: &Arena) {
-    let memory = arena.as_iovec(SizeClass::Small, arena.config().small_slots);
-    // SAFETY: the mapping lives as long as `arena`. No packet of it is alive; the kernel may write to it meanwhile, which is what is looked for.
-    unsafe { std::ptr::write_bytes(memory.iov_base.cast::<u8>(), PAINT, memory.iov_len) };
+/// Has a worker with a read in flight dropped by the unwinding of a thread, and returns what its memory was.
+fn end_by_a_panic(config: &WorkerConfig, queue: Queue) -> Memory {
+    let config = config.clone();
+    let (say, said) = std::sync::mpsc::channel();
+    let ended = thread::spawn(move || {
+        let mut worker = Worker::new(&config).expect("a worker");
+        worker.attach(queue).expect("a port");
+        worker.wait(Some(Instant::now())).expect("a read is armed");
+        say.send(Memory::of(&worker)).expect("it is waited for");
+        std::panic::resume_unwind(Box::new("on purpose"));
+    });
+    assert!(ended.join().is_err());
+    said.recv().expect("it came before the panic")
 }
 
-fn is_painted(arena: &Arena) -> bool {
-    let memory = arena.as_iovec(SizeClass::Small, arena.config().small_slots);
-    let start = memory.iov_base.cast::<u64>();
-    // SAFETY: as in `paint`; volatile, because the kernel is not known to the compiler.
-    (0..memory.iov_len / 8).all(|at| unsafe { start.add(at).read_volatile() } == u64::from_ne_bytes([PAINT; 8]))
+fn stays_painted(memory: &Memory, round: usize) {
+    memory.paint();
+    thread::sleep(Duration::from_micros(300));
+    assert!(memory.is_painted(), "written to after drop {round}");
+}
+
+/// The memory of a worker's small buffers, which stays mapped as long as this lives.
+struct Memory {
+    start: *mut u64,
+    len: usize,
+    _shared: Arc<Shared>,
+}
+
+// SAFETY: the place of memory that `_shared` keeps mapped, on any thread.
+unsafe impl Send for Memory {}
+
+impl Memory {
+    fn of(worker: &Worker) -> Self {
+        let arena = &worker.cx.arena;
+        let memory = arena.as_iovec(SizeClass::Small, arena.config().small_slots);
+        Self {
+            start: memory.iov_base.cast(),
+            len: memory.iov_len / 8,
+            _shared: Arc::clone(arena.shared()),
+        }
+    }
+
+    fn paint(&self) {
+        // SAFETY: it is mapped. No packet of it is alive; the kernel may write to it meanwhile, which is what is looked for.
+        unsafe { std::ptr::write_bytes(self.start.cast::<u8>(), PAINT, self.len * 8) };
+    }
+
+    fn is_painted(&self) -> bool {
+        let paint = u64::from_ne_bytes([PAINT; 8]);
+        // SAFETY: as in `paint`; volatile, because the kernel is not known to the compiler.
+        (0..self.len).all(|at| unsafe { self.start.add(at).read_volatile() } == paint)
+    }
 }
