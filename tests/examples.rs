@@ -3,7 +3,7 @@
 mod common;
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -330,7 +330,7 @@ fn forward_down(backend: Backend) {
     near.send(b"after").unwrap();
     let mut buffer = [0; 2000];
     loop {
-        let length = far.recv(&mut buffer).expect("what was sent after");
+        let length = again(|| far.recv(&mut buffer)).expect("what was sent after");
         match &buffer[..length] {
             b"after" => break,
             other => assert_eq!(other, b"meanwhile"),
@@ -424,8 +424,7 @@ fn udp_tunnel_backpressure(backend: Backend) {
         let mut next = 0;
         let mut buffer = [0; 2000];
         while next < DATAGRAMS {
-            let length = there
-                .recv(&mut buffer)
+            let length = again(|| there.recv(&mut buffer))
                 .unwrap_or_else(|error| panic!("datagram {next} of {DATAGRAMS}: {error}"));
             assert_eq!(buffer[..length], stamped(next, 1000), "datagram {next}");
             next += 1;
@@ -556,7 +555,7 @@ fn gateway(backend: Backend) {
         for socket in &near {
             socket.send_to(&stamped(number, 1472), "198.18.5.2:5000").unwrap();
             let mut buffer = [0; 2000];
-            let (length, from) = far.recv_from(&mut buffer).expect("a datagram");
+            let (length, from) = again(|| far.recv_from(&mut buffer)).expect("a datagram");
             assert_eq!(buffer[..length], stamped(number, 1472));
             far.send_to(&stamped(number + 1000, 100), from).unwrap();
             assert_received(socket, &stamped(number + 1000, 100));
@@ -757,12 +756,20 @@ fn stamped(number: u64, length: usize) -> Vec<u8> {
         .collect()
 }
 
+/// Receives, also where the process was stopped meanwhile: a call with a time-out is not resumed
+/// then (signal(7)).
+fn again<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match receive() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            outcome => return outcome,
+        }
+    }
+}
+
 fn assert_received(socket: &UdpSocket, expected: &[u8]) {
     let mut buffer = [0; 2000];
-    // A call with a time-out is not resumed when the process was stopped meanwhile (signal(7)).
-    let received = std::iter::repeat_with(|| socket.recv(&mut buffer))
-        .find(|received| !matches!(received, Err(error) if error.kind() == std::io::ErrorKind::Interrupted));
-    let length = received.expect("no end").expect("a datagram");
+    let length = again(|| socket.recv(&mut buffer)).expect("a datagram");
     assert!(
         buffer[..length] == *expected,
         "{:02x?} instead of {expected:02x?}",

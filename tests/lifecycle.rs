@@ -561,6 +561,9 @@ fn takes_what_it_says() {
     let said = WorkerConfig::default().memory();
     assert!(said.total() <= 4 << 20, "{said:?}");
     need_locked_memory(8 * said.total() as u64);
+    // Huge pages round up what is not the library's to round.
+    // SAFETY: no pointers.
+    assert_eq!(unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0) }, 0);
     // The first one pays for what the process needs only once.
     drop(Worker::new(&WorkerConfig::default()).unwrap());
     let before = process::memory().unwrap().resident;

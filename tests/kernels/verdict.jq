@@ -3,7 +3,7 @@
 | ([$lines[] | capture("^test result: .*?(?<ok>[0-9]+) passed; (?<failed>[0-9]+) failed")] | last) as $result
 | { what: "file", name: $name, code: $code, seconds: $seconds, ok: ($result.ok // "0" | tonumber),
     failed: [$lines[] | capture("^test (?<name>.*?) +\\.\\.\\. FAILED") | .name],
-    ignored: [$lines[] | capture("^test (?<name>.*?) +\\.\\.\\. ignored(?:[,:] *)?(?<why>.*)")],
+    ignored: [$lines[] | capture("^test (?<name>.*?) +\\.\\.\\. ignored[ ,:(]*(?<why>.*?)\\)?$")],
     unfinished: (if $result != null then [] else
         [$errors | split("\n")[] | capture("^running: (?<name>.*)") | .name] - [$lines[] | capture("^test (?<name>.*?) +\\.\\.\\. .") | .name] end),
     complaints: ($complaints | split("\n") | map(select(. != ""))),
