@@ -1452,7 +1452,7 @@ fn renames() {
     let engine = Engine::builder().device(device).start(|_| Ok(Counting::new())).unwrap();
     let netlink = Handle::new().unwrap();
     settings.set_up(false).unwrap();
-    for round in 0..2_000 {
+    for round in 0..2_000 / common::slowness() {
         netlink
             .rename(settings.index(), if round % 2 == 0 { "e1" } else { "e0" })
             .unwrap();
@@ -1497,10 +1497,11 @@ fn paced(backend: Backend, wait: Wait, rate: u64, time: Duration) -> (Engine<Cou
 fn pauses(backend: Backend, wait: Wait, rate: u64) -> (u64, u64) {
     let (engine, mut generator) = paced(backend, wait, rate, Duration::from_millis(150));
     let generated = generator.run(&Default::default()).unwrap();
-    assert!(
-        generated.sent > rate / 50 / u64::from(common::slowness()),
-        "{generated:?}"
-    );
+    let least = rate / 50 / u64::from(common::slowness());
+    if common::slowness() > 1 && generated.sent <= least {
+        common::skip(format!("this machine is too slow for {rate} packets per second"));
+    }
+    assert!(generated.sent > least, "{generated:?}");
     eventually("all packets", || received(&engine) >= generated.sent);
     let mut tracker = engine
         .run_on(0, |handler, _| std::mem::take(&mut handler.tracker))

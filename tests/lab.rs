@@ -354,7 +354,9 @@ fn veth_between_namespaces() {
         let sender = UdpSocket::bind(target).unwrap();
         let before = netlink.stats(near).unwrap();
         assert_eq!(sender.send_to(&[7; 100], bound).unwrap(), 100);
-        let (length, from) = receiver.recv_from(&mut [0; 200]).unwrap();
+        let (length, from) = receiver
+            .recv_from(&mut [0; 200])
+            .unwrap_or_else(|error| panic!("{bound}: {error}, {:?}, {:?}", netlink.stats(near), there.stats(far)));
         assert_eq!((length, from), (100, sender.local_addr().unwrap()));
         let sent = netlink.stats(near).unwrap().since(&before);
         // IPv6 has things of its own to say now and then.
