@@ -181,12 +181,18 @@ impl FreeList {
 /// What an account has of one class: slots that no other port can take away, and slots in use.
 #[derive(Clone, Copy)]
 struct Reserve {
+    /// What the port asked for; 0 without a port.
+    wanted: u32,
     promised: u32,
     held: u32,
 }
 
 impl Reserve {
-    const EMPTY: Reserve = Reserve { promised: 0, held: 0 };
+    const EMPTY: Reserve = Reserve {
+        wanted: 0,
+        promised: 0,
+        held: 0,
+    };
 
     fn unfilled(&self) -> u32 {
         self.promised.saturating_sub(self.held)
@@ -437,33 +443,43 @@ impl Arena {
     /// have even one of half of what is left.
     pub(crate) fn open_account(&self, index: usize, class: SizeClass, wanted: u32) -> Option<u32> {
         self.collect_returned();
-        let unfilled = &self.unfilled[class as usize];
-        let unpromised = || self.free[class as usize].len() - unfilled.get();
-        let most = self.most_promised(class, wanted);
+        let cell = &self.reserves[class as usize][index];
+        cell.set(Reserve { wanted, ..cell.get() });
+        let most = self.most_promised(class);
         self.shrink_promises(class, most);
-        let promised = wanted.min(most).min(unpromised() / 2);
+        let promised = wanted.min(most).min(self.unpromised(class) / 2);
         if promised == 0 {
+            cell.set(Reserve {
+                wanted: 0,
+                ..cell.get()
+            });
+            self.grow_promises(class);
             return None;
         }
         // Buffers that an earlier port of this index still has out stay charged to the account.
-        let cell = &self.reserves[class as usize][index];
         let reserve = Reserve { promised, ..cell.get() };
         cell.set(reserve);
+        let unfilled = &self.unfilled[class as usize];
         unfilled.set(unfilled.get() + reserve.unfilled());
         Some(promised)
     }
 
-    /// What each port may be promised of a class with one port more that wants `wanted`.
-    fn most_promised(&self, class: SizeClass, wanted: u32) -> u32 {
+    /// Free slots of a class that no port is promised.
+    fn unpromised(&self, class: SizeClass) -> u32 {
+        self.free[class as usize].len() - self.unfilled[class as usize].get()
+    }
+
+    /// What each port may be promised of a class.
+    fn most_promised(&self, class: SizeClass) -> u32 {
         let slots = match class {
             SizeClass::Small => self.config().small_slots as u32,
             SizeClass::Large => self.large_open.get(),
         };
-        let reserves = self.reserves[class as usize].iter().map(Cell::get);
-        let (ports, sum) = reserves
-            .filter(|reserve| reserve.promised > 0)
-            .fold((1, wanted), |(ports, sum), reserve| {
-                (ports + 1, sum.saturating_add(reserve.promised))
+        let wanted = self.reserves[class as usize].iter().map(|cell| cell.get().wanted);
+        let (ports, sum) = wanted
+            .filter(|&wanted| wanted > 0)
+            .fold((0, 0u32), |(ports, sum), wanted| {
+                (ports + 1, sum.saturating_add(wanted))
             });
         if sum <= slots / 2 {
             u32::MAX
@@ -474,24 +490,44 @@ impl Arena {
 
     /// Promises no port more than `most` slots.
     fn shrink_promises(&self, class: SizeClass, most: u32) {
-        let unfilled = &self.unfilled[class as usize];
         for cell in &self.reserves[class as usize] {
-            let before = cell.get();
-            let after = Reserve {
-                promised: before.promised.min(most),
-                ..before
-            };
-            unfilled.set(unfilled.get() - before.unfilled() + after.unfilled());
-            cell.set(after);
+            let promised = cell.get().promised.min(most);
+            self.set_promise(class, cell, promised);
         }
+    }
+
+    /// Gives ports back what their promises were shrunk by, as far as there is room by now.
+    fn grow_promises(&self, class: SizeClass) {
+        let most = self.most_promised(class);
+        for cell in &self.reserves[class as usize] {
+            let Reserve { wanted, promised, .. } = cell.get();
+            let missing = wanted.min(most).saturating_sub(promised);
+            if promised > 0 && missing > 0 {
+                let grown = promised + missing.min(self.unpromised(class));
+                self.set_promise(class, cell, grown);
+            }
+        }
+    }
+
+    fn set_promise(&self, class: SizeClass, cell: &Cell<Reserve>, promised: u32) {
+        let unfilled = &self.unfilled[class as usize];
+        let before = cell.get();
+        let after = Reserve { promised, ..before };
+        unfilled.set(unfilled.get() - before.unfilled() + after.unfilled());
+        cell.set(after);
     }
 
     /// Ends the promise to a port. What it holds goes home as it is released.
     pub(crate) fn close_account(&self, index: usize) {
-        for (reserves, unfilled) in self.reserves.iter().zip(&self.unfilled) {
-            let reserve = reserves[index].get();
-            unfilled.set(unfilled.get() - reserve.unfilled());
-            reserves[index].set(Reserve { promised: 0, ..reserve });
+        self.collect_returned();
+        for class in SizeClass::ALL {
+            let cell = &self.reserves[class as usize][index];
+            self.set_promise(class, cell, 0);
+            cell.set(Reserve {
+                wanted: 0,
+                ..cell.get()
+            });
+            self.grow_promises(class);
         }
     }
 
@@ -710,6 +746,34 @@ mod tests {
     }
 
     #[test]
+    fn promises_that_shrank_grow_again_when_ports_close() {
+        let arena = arena(64, 0);
+        let promised = |ports: std::ops::Range<usize>| -> Vec<u32> {
+            let reserves = &arena.reserves[SizeClass::Small as usize];
+            ports.map(|port| reserves[port].get().promised).collect()
+        };
+        for port in 0..8 {
+            assert!(arena.open_account(port, SizeClass::Small, 8).is_some());
+        }
+        assert_eq!(promised(0..8), [4; 8]);
+        (4..8).for_each(|port| arena.close_account(port));
+        assert_eq!(promised(0..4), [8; 4]);
+        // What is held elsewhere is not promised.
+        while arena.check_out(Account::NONE, SizeClass::Small).is_some() {}
+        assert_eq!(arena.open_account(4, SizeClass::Small, 8), Some(4));
+        assert_eq!(promised(0..5), [6, 6, 6, 6, 4]);
+    }
+
+    #[test]
+    fn a_port_that_gets_no_promise_costs_the_others_none() {
+        let arena = arena(4, 0);
+        assert_eq!(arena.open_account(0, SizeClass::Small, 2), Some(2));
+        while arena.check_out(Account::NONE, SizeClass::Small).is_some() {}
+        assert_eq!(arena.open_account(1, SizeClass::Small, 2), None);
+        assert_eq!(arena.available(Account::port(0), SizeClass::Small, 4), 2);
+    }
+
+    #[test]
     fn slots_of_an_earlier_port_of_another_class_do_not_touch_the_promise() {
         let arena = arena(16, 8);
         assert_eq!(arena.open_account(0, SizeClass::Large, 4), Some(4));
@@ -849,7 +913,7 @@ mod tests {
         fn accounting_matches_a_model(steps in proptest::collection::vec(step(), 1..300)) {
             let arena = arena(24, 0);
             let mut out: Vec<u32> = Vec::new();
-            let mut promised = [0u32; 3];
+            let (mut asked, mut promised) = ([0u32; 3], [0u32; 3]);
             let mut held = [0u32; 3];
             let mut charged = std::collections::HashMap::new();
             for step in steps {
@@ -884,13 +948,20 @@ mod tests {
                     }
                     Step::Close(port) => {
                         arena.close_account(port);
-                        promised[port] = 0;
+                        asked[port] = 0;
                     }
-                    Step::Open(port, wanted) if promised[port] == 0 => {
-                        promised[port] = arena.open_account(port, SizeClass::Small, wanted).unwrap_or(0);
+                    Step::Open(port, wanted) if asked[port] == 0 => {
+                        let promised = arena.open_account(port, SizeClass::Small, wanted);
+                        asked[port] = promised.map_or(0, |_| wanted);
                     }
                     _ => {}
                 }
+                // A promise shrinks and grows as ports come and go; from one step to the next it is kept.
+                let reserves = &arena.reserves[SizeClass::Small as usize];
+                promised = std::array::from_fn(|port| reserves[port].get().promised);
+                prop_assert!(promised.iter().zip(asked).all(|(&promised, asked)| promised <= asked));
+                prop_assert!(promised.iter().zip(asked).all(|(&promised, asked)| (promised > 0) == (asked > 0)));
+                prop_assert!(promised.iter().sum::<u32>() <= 12, "no more than half");
                 let unique: std::collections::HashSet<_> = out.iter().collect();
                 prop_assert_eq!(arena.occupancy().0, 24 - unique.len());
             }
