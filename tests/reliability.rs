@@ -1,20 +1,26 @@
 //! docs/RELIABILITY.md names every fault of the catalogue once, and only tests that exist.
+//!
+//! Skipped where the test runs without the repository beside it.
 
 use std::fs;
 use std::path::Path;
 
-fn rows() -> Vec<Vec<String>> {
+fn rows() -> Option<Vec<Vec<String>>> {
+    if !root().join("Cargo.toml").exists() {
+        eprintln!("skipped: the repository is not at {}", root().display());
+        return None;
+    }
     let text = fs::read_to_string(root().join("docs/RELIABILITY.md")).expect("docs/RELIABILITY.md");
     let rows = text
         .lines()
         .filter(|line| line.starts_with("| T") && !line.starts_with("| T |"));
-    rows.map(|row| {
+    let cells = |row: &str| {
         row.trim_matches('|')
             .split('|')
             .map(|cell| cell.trim().to_owned())
             .collect()
-    })
-    .collect()
+    };
+    Some(rows.map(cells).collect())
 }
 
 fn root() -> &'static Path {
@@ -23,14 +29,15 @@ fn root() -> &'static Path {
 
 #[test]
 fn every_fault_has_one_row() {
-    let faults: Vec<String> = rows().into_iter().map(|row| row[0].clone()).collect();
+    let Some(rows) = rows() else { return };
+    let faults: Vec<String> = rows.into_iter().map(|row| row[0].clone()).collect();
     let expected: Vec<String> = (1..=36).map(|number| format!("T{number}")).collect();
     assert_eq!(faults, expected);
 }
 
 #[test]
 fn every_row_is_whole() {
-    for row in rows() {
+    for row in rows().into_iter().flatten() {
         assert_eq!(row.len(), 5, "{row:?}");
         assert!(row.iter().all(|cell| !cell.is_empty()), "{row:?}");
     }
@@ -39,8 +46,9 @@ fn every_row_is_whole() {
 /// A name is looked for up to its first ellipsis, as the rest may be put together when tests run.
 #[test]
 fn every_named_test_exists() {
+    let Some(rows) = rows() else { return };
     let mut named = 0;
-    for row in rows() {
+    for row in rows {
         let mut file = String::new();
         for (place, part) in row[2].split(['`', '"']).enumerate() {
             // Outside of quotation marks.

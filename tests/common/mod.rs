@@ -24,7 +24,7 @@
 //! - `TUN_DRIVER_SLOWNESS=5` makes the bounds five times as long.
 //! - `TUN_DRIVER_ANNOUNCE=1` prints a line as a trial begins, so that a log shows which one was running.
 //! - `TUN_DRIVER_REQUIRE_ALL=1` makes each [`skip`] a failure.
-//! - `TUN_DRIVER_LONG=1` raises [`repeats`] to the counts of a long run; bounds grow with them.
+//! - `TUN_DRIVER_LONG=1` raises [`repeats`] to the counts of a long run, 0.1 to a tenth of them; bounds grow, too.
 #![allow(dead_code, unreachable_pub)] // each test file uses its share
 
 use std::any::Any;
@@ -211,9 +211,14 @@ pub fn need_backend(backend: Backend) {
     }
 }
 
-/// How often to repeat a fault: `short` times by default, `long` times in a long run.
+/// How often to repeat a fault: `short` times by default, `long` times in a long run, or a share of
+/// that.
 pub fn repeats(short: usize, long: usize) -> usize {
-    if is_set(LONG) { long } else { short }
+    if !is_set(LONG) {
+        return short;
+    }
+    let share: f64 = env::var(LONG).ok().and_then(|share| share.parse().ok()).expect(LONG);
+    short.max((long as f64 * share) as usize)
 }
 
 /// How many times slower than usual this machine is taken to be.
@@ -258,7 +263,7 @@ fn run_one(trial: Trial) -> Result<Completion, Failed> {
         })
         .map_err(|error| Failed::from(format!("no thread for the trial: {error}")))?;
     // The repeats of a long run take up to an hour.
-    let bound = trial.bound * slowness() * repeats(1, 60) as u32;
+    let bound = trial.bound * slowness() * if is_set(LONG) { 60 } else { 1 };
     match receiver.recv_timeout(bound) {
         Ok(Ok(())) => Ok(Completion::Completed),
         Ok(Err(payload)) => match payload.downcast::<Skip>() {
