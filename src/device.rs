@@ -30,6 +30,8 @@ use crate::sys::tun;
 /// the mode of the device that has the index are compared instead, which cannot tell one TUN device
 /// from another.
 ///
+/// All clones of a handle share two descriptors: a socket for ioctls, and a netlink socket.
+///
 /// Changing a setting takes CAP_NET_ADMIN (EPERM without it), asking does not. The calls are the ioctls of netdevice(7).
 #[derive(Clone, Debug)]
 pub struct Device {
@@ -316,7 +318,7 @@ impl Device {
     /// What the device is called now; ENODEV if it is not in its namespace any more.
     fn name(&self) -> io::Result<IfName> {
         let inner = &*self.inner;
-        // In this order: whoever has the index now is the device unless it has left by now.
+        // In this order: the device has the index now, unless it has left.
         let name = inner.control.name(inner.index)?;
         if self.departed()?.is_some() {
             return Err(io::Error::from_raw_os_error(libc::ENODEV));

@@ -244,7 +244,7 @@ pub(crate) enum SocketErrno {
     Full,
     /// A signal came first.
     Interrupted,
-    /// A report about an earlier datagram: no call returns this errno for a datagram of its own.
+    /// A report about an earlier datagram: no call returns this errno for the datagram it sends.
     Reported,
     /// A report about an earlier datagram, or the datagram has no route, is too long, or may not be
     /// sent.

@@ -583,7 +583,7 @@ fn adopted() {
     assert!(comes_finished(&mut worker, port, &mut Offer::new()));
 }
 
-/// O_NONBLOCK belongs to the open file: whoever has a copy of the descriptor changes it for all.
+/// O_NONBLOCK belongs to the open file: each holder of a copy of the descriptor changes it for all.
 fn make_blocking(fd: impl AsFd) {
     let fd = fd.as_fd().as_raw_fd();
     // SAFETY: no pointers.

@@ -276,7 +276,7 @@ fn quiet() {
     let _ = sysctl("net/ipv6/conf/default/disable_ipv6", 1);
 }
 
-/// T16. A consumer that keeps what it gets runs out of buffers, is told so, and goes on where it
+/// T16. A consumer that keeps what it gets runs out of buffers, gets an error, and goes on where it
 /// stopped when it gives them back.
 fn keeps_all(backend: Backend) {
     quiet();

@@ -69,7 +69,7 @@ fn main() {
     }
     trials.push(
         trial(
-            "a user without rights gets fewer or unregistered buffers, and is told why",
+            "a user without rights gets fewer or unregistered buffers, and the reason",
             no_memlock,
         )
         .alone(),

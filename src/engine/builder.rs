@@ -501,6 +501,7 @@ impl Seating {
             batch: Batch::with_capacity(self.settings.batch),
             shared: self.shared,
             looked: 0,
+            too_short: Vec::new(),
             #[cfg(feature = "metrics")]
             histograms: self.settings.histograms.then(|| Box::new(Histograms::new())),
         };

@@ -278,8 +278,11 @@ impl Watch {
         });
         let mut watched = Vec::new();
         for device in devices {
-            if shared.is_new_device(device.mark()) {
-                watched.push(Watched::new(device)?);
+            // One that cannot be listened to is not watched, as in `add`; the others are.
+            if shared.is_new_device(device.mark())
+                && let Ok(device) = Watched::new(device)
+            {
+                watched.push(device);
             }
         }
         let with_thread = Arc::clone(&control);

@@ -30,6 +30,8 @@ pub(super) struct Thread<H> {
     /// Of the times that workers were asked to look at their devices' settings, those that this one
     /// did.
     pub(super) looked: u64,
+    /// Ports whose buffers are too short for their device's MTU, as reported, and that MTU.
+    pub(super) too_short: Vec<(PortId, Option<u32>)>,
     #[cfg(feature = "metrics")]
     pub(super) histograms: Option<Box<Histograms>>,
 }
@@ -167,9 +169,19 @@ impl<H: Handler> Thread<H> {
         for port in ports {
             // It is there, and has something to say only if it was changed.
             let _ = self.worker.restore(port);
-            if self.worker.fit(port).is_err()
-                && let (Some(queue), Some(info)) = (self.worker.queue(port), self.worker.port_info(port))
-            {
+            let fits = self.worker.fit(port).is_ok();
+            let Some(queue) = self.worker.queue(port) else {
+                continue;
+            };
+            let short = (port, queue.mtu_now());
+            let reported = self.too_short.contains(&short);
+            self.too_short.retain(|&(other, _)| other != port);
+            if fits {
+                continue;
+            }
+            self.too_short.push(short);
+            // Once for each MTU, whatever else is changed on whatever device.
+            if !reported && let Some(info) = self.worker.port_info(port) {
                 self.shared.events.send(Event::BuffersTooShort {
                     device: queue.current_name().unwrap_or_else(|_| queue.name().to_owned()),
                     worker: self.number,
