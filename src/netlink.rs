@@ -1,7 +1,7 @@
 //! Links, addresses, routes and 64-bit counters of one network namespace, through rtnetlink.
 //!
 //! A [`Handle`] speaks `rtnetlink(7)` over a socket of its own. Calls are synchronous: each sends one request and waits for the kernel's
-//! acknowledgement, for five seconds at most. Nothing is asked of `ip(8)` or any other program.
+//! acknowledgement, for 30 seconds at most. Nothing is asked of `ip(8)` or any other program.
 //!
 //! ```no_run
 //! use tun_driver::netlink::Handle;
@@ -46,8 +46,9 @@ use netlink_sys::{Socket, SocketAddr};
 
 use crate::sys::fd;
 
-/// How long one request may take, all its answers included.
-const BOUND: Duration = Duration::from_secs(5);
+/// How long one request may take, all its answers included: it waits for the RTNL lock, which the end of
+/// other devices and namespaces holds for seconds on a busy machine.
+const BOUND: Duration = Duration::from_secs(30);
 
 /// The kernel fills at most this much into one message to a socket that asks for no more (NLMSG_GOODSIZE is 8 KiB, dumps use up to 32 KiB).
 const MESSAGE_MAX: usize = 64 * 1024;
@@ -59,7 +60,7 @@ const MESSAGE_MAX: usize = 64 * 1024;
 /// # Errors
 ///
 /// Every method gives an [`io::Error`] whose inner error is a [`RequestError`]: the request by its rtnetlink name, the kernel's errno and,
-/// where the kernel adds one, its explanation. `TimedOut` if no answer came within five seconds. Common errnos: EPERM (no CAP_NET_ADMIN in
+/// where the kernel adds one, its explanation. `TimedOut` if no answer came within 30 seconds. Common errnos: EPERM (no CAP_NET_ADMIN in
 /// this namespace), ENODEV (no such link), EEXIST (name, address or route exists), EBUSY.
 pub struct Handle {
     socket: Socket,
@@ -545,7 +546,7 @@ impl Handle {
             if left.is_zero() {
                 return Err(io::Error::new(
                     io::ErrorKind::TimedOut,
-                    "the kernel did not answer within 5 s",
+                    "the kernel did not answer within 30 s",
                 ));
             }
             let mut wait = [libc::pollfd {
