@@ -76,8 +76,14 @@ pub(crate) fn set_iff_once_free(
             _ => false,
         };
         tries += 1;
-        // A single try can take that long: it waits for the lock that the device's end needs too.
-        if !in_the_way || Instant::now() >= deadline && tries >= LEAST_TRIES {
+        // A single try can take that long: it waits for the lock that the device's end needs too. A
+        // name that went meanwhile is worth more of them.
+        let least = if present.is_none() {
+            10 * LEAST_TRIES
+        } else {
+            LEAST_TRIES
+        };
+        if !in_the_way || Instant::now() >= deadline && tries >= least {
             return Err(explain_set_iff(&error, name, flags, present));
         }
         thread::sleep(Duration::from_millis(5));

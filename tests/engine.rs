@@ -81,7 +81,7 @@ fn main() {
             });
         }
     }
-    let single: [(&str, fn()); 16] = [
+    let single: [(&str, fn()); 17] = [
         ("workers are pinned, and say so", placement),
         ("four queues on two workers", shares_workers),
         ("a factory that fails or panics leaves nothing", factory_fails),
@@ -93,6 +93,7 @@ fn main() {
         ("a handler may hold what is not Send", not_send),
         ("bounds without end are allowed", endless_bounds),
         ("a stop is bounded while another one waits longer", two_stops),
+        ("a stop is bounded while a worker's thread takes long to end", slow_exit),
         ("a handler may stop the engine and wait for the others", stops_itself),
         ("a worker that is stopped by its own waker stops all", own_waker),
         ("the row of events ends though a stopper is kept", kept_stopper),
@@ -1365,6 +1366,35 @@ fn two_stops() {
         let_go.send(()).unwrap();
         assert!(patient.join().unwrap().is_clean());
     });
+}
+
+/// A thread that has closed everything may still be kept: by the kernel, or here by a destructor.
+fn slow_exit() {
+    struct Slow(std::sync::mpsc::Receiver<()>);
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            // Until the sender is gone.
+            let _ = self.0.recv();
+        }
+    }
+    thread_local! {
+        static SLOW: std::cell::RefCell<Option<Slow>> = const { std::cell::RefCell::new(None) };
+    }
+    let (let_go, held) = std::sync::mpsc::channel();
+    let held = std::sync::Mutex::new(Some(held));
+    let engine = Engine::builder()
+        .device(device("e0", 1, HERE))
+        .start(move |_| {
+            SLOW.set(held.lock().unwrap().take().map(Slow));
+            Ok(Counting::new())
+        })
+        .unwrap();
+    // Without the bound it waits for what only this thread can do later.
+    let report = engine.stop_within(Duration::from_millis(200));
+    assert!(report.is_clean(), "{report}");
+    drop(Builder::new("e0", Mode::Tun).open().unwrap());
+    drop(let_go);
+    assert!(engine.stop_within(Duration::from_secs(60)).is_clean());
 }
 
 fn stops_itself() {

@@ -178,12 +178,10 @@ impl<H> Engine<H> {
     pub fn stop_within(&self, bound: Duration) -> StopReport {
         let start = Instant::now();
         self.shared.stop();
-        let reports = self.shared.wait_for_ends(start.checked_add(bound), self.own_worker());
-        for link in &self.links {
-            if reports[link.number].is_some() {
-                link.join();
-            }
-        }
+        let deadline = start.checked_add(bound);
+        let reports = self.shared.wait_for_ends(deadline, self.own_worker());
+        let ended = self.links.iter().filter(|link| reports[link.number].is_some());
+        join_until(ended.filter_map(Link::take).collect(), deadline);
         let stats = self.stats();
         StopReport {
             workers: reports
@@ -361,13 +359,38 @@ impl<H: Handler + 'static> Engine<H> {
 }
 
 impl<H> Link<H> {
-    /// Waits for the end of a thread that has said its last word.
-    fn join(&self) {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some(thread) = thread {
+    /// The thread, to be joined by the caller.
+    fn take(&self) -> Option<JoinHandle<()>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// Joins threads that have reported their end, for as long as `deadline` allows.
+///
+/// All they had is closed by then. But the kernel may keep a thread that exits for seconds, where
+/// others hold the lock of all network settings; std joins without a bound, so a thread does it.
+fn join_until(threads: Vec<JoinHandle<()>>, deadline: Option<Instant>) {
+    if threads.is_empty() {
+        return;
+    }
+    let (done, all) = crossbeam_channel::bounded(1);
+    let joining = move || {
+        for thread in threads {
             // It catches its handler's panics.
             let _ = thread.join();
         }
+        let _ = done.send(());
+    };
+    // Without a thread to be had they are left to themselves.
+    if std::thread::Builder::new()
+        .name("tun-join".to_owned())
+        .spawn(joining)
+        .is_ok()
+    {
+        let _ = match deadline {
+            Some(deadline) => all.recv_deadline(deadline).ok(),
+            None => all.recv().ok(),
+        };
     }
 }
 
