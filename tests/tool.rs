@@ -3,6 +3,7 @@
 mod common;
 
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::ffi::OsStringExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,6 +31,7 @@ fn main() {
             doctor_without_node,
         ),
         trial("a folder for results that cannot be is refused by name", out_folder),
+        trial("bench takes a folder of any bytes", any_bytes).bound(Duration::from_secs(180)),
         trial("help and version name the tool and all that it measures", help),
     ])
 }
@@ -39,6 +41,21 @@ fn tool(arguments: &[&str]) -> Output {
         .args(arguments)
         .output()
         .unwrap()
+}
+
+fn any_bytes() {
+    need_tun();
+    let mut name = format!("tun-driver-bytes-{}-", std::process::id()).into_bytes();
+    name.push(0xff);
+    let folder = std::env::temp_dir().join(std::ffi::OsString::from_vec(name));
+    let output = Command::new(env!("CARGO_BIN_EXE_tun-driver"))
+        .args(["bench", "--quick", "--rounds", "1", "--only", "drain", "--out"])
+        .arg(&folder)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(folder.join("bench.json").is_file());
+    std::fs::remove_dir_all(&folder).unwrap();
 }
 
 fn doctor() {

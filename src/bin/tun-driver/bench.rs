@@ -330,9 +330,11 @@ impl Outcome {
     }
 }
 
-/// As it was typed, without the path of the program.
-fn command() -> String {
-    let arguments = std::env::args().skip(1);
+/// As it was typed, without the path of the program. Bytes that are no UTF-8 are replaced.
+pub(crate) fn command() -> String {
+    let arguments = std::env::args_os()
+        .skip(1)
+        .map(|word| word.to_string_lossy().into_owned());
     std::iter::once("tun-driver".to_owned())
         .chain(arguments)
         .collect::<Vec<_>>()

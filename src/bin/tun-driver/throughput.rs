@@ -278,10 +278,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         stop,
         results: Results {
             machine: Machine::read(),
-            command: options.command.clone().unwrap_or_else(|| {
-                let words: Vec<String> = std::env::args().skip(1).collect();
-                format!("tun-driver {}", words.join(" "))
-            }),
+            command: options.command.clone().unwrap_or_else(crate::bench::command),
             commit: options.commit.clone(),
             began,
             seconds: 0.0,
