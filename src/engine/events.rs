@@ -277,13 +277,20 @@ impl Watch {
             bell: fd::eventfd()?,
         });
         let mut watched = Vec::new();
+        let mut refusal = None;
         for device in devices {
             // One that cannot be listened to is not watched, as in `add`; the others are.
-            if shared.is_new_device(device.mark())
-                && let Ok(device) = Watched::new(device)
-            {
-                watched.push(device);
+            if shared.is_new_device(device.mark()) {
+                match Watched::new(device) {
+                    Ok(device) => watched.push(device),
+                    Err(error) => refusal = Some(error),
+                }
             }
+        }
+        if watched.is_empty()
+            && let Some(error) = refusal
+        {
+            return Err(error);
         }
         let with_thread = Arc::clone(&control);
         let thread = thread::Builder::new()
