@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, need_locked_memory, need_tun, trial};
+use common::{Trial, again, need_backend, need_locked_memory, need_tun, trial};
 use tun_driver::lab::generator::{self, Generator, Limit};
 use tun_driver::lab::packet::Framing;
 use tun_driver::lab::{Filler, Tracker, process, sysctl};
@@ -282,7 +282,7 @@ fn echoes(backend: Backend) {
     for number in 0..200u32 {
         client.send(&number.to_be_bytes()).unwrap();
         let mut answer = [0; 4];
-        client.recv(&mut answer).unwrap();
+        again(|| client.recv(&mut answer)).unwrap();
         assert_eq!(answer, number.to_be_bytes());
     }
     // It is counted after it was sent.
@@ -943,7 +943,7 @@ fn sockets(backend: Backend) {
     for address in &addresses {
         client.send_to(b"hello", address).unwrap();
         let mut answer = [0; 16];
-        let (length, from) = client.recv_from(&mut answer).unwrap();
+        let (length, from) = again(|| client.recv_from(&mut answer)).unwrap();
         assert_eq!((&answer[..length], from), (&b"hello"[..], *address));
     }
     let stats = engine.stats();
@@ -1577,7 +1577,7 @@ fn ping_pong(backend: Backend) {
     for number in 0..TRIPS {
         client.send(&number.to_be_bytes()).unwrap();
         let mut answer = [0; 8];
-        client.recv(&mut answer).unwrap();
+        again(|| client.recv(&mut answer)).unwrap();
         assert_eq!(answer, number.to_be_bytes());
     }
     let pauses = engine.stats().workers[0].counters.lingers;

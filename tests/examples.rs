@@ -3,7 +3,7 @@
 mod common;
 
 use std::ffi::OsStr;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -13,7 +13,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-use common::{Trial, need_backend, need_program, need_tun, skip, trial};
+use common::{Trial, again, need_backend, need_program, need_tun, skip, trial};
 use tun_driver::lab::Namespace;
 use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Worker, WorkerConfig};
@@ -181,7 +181,7 @@ fn worker_loop(backend: Backend) {
             let length = 1 + number as usize * 9;
             socket.send_to(&stamped(number, length), far).unwrap();
             let mut buffer = [0; 2000];
-            let (length, from) = socket.recv_from(&mut buffer).expect("an echo");
+            let (length, from) = again(|| socket.recv_from(&mut buffer)).expect("an echo");
             assert_eq!((from, &buffer[..length]), (far, &stamped(number, length)[..]));
         }
     }
@@ -758,17 +758,6 @@ fn stamped(number: u64, length: usize) -> Vec<u8> {
     (0..length)
         .map(|at| (number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (at % 8 * 8)) as u8 ^ at as u8)
         .collect()
-}
-
-/// Receives, also where the process was stopped meanwhile: a call with a time-out is not resumed
-/// then (signal(7)).
-fn again<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match receive() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
-            outcome => return outcome,
-        }
-    }
 }
 
 fn assert_received(socket: &UdpSocket, expected: &[u8]) {

@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use common::{need_ids, need_tun, trial};
+use common::{again, need_ids, need_tun, trial};
 use device::{NOBODY, Node, descriptor_flags, exists, link, socket_behind, udp_packet, udp_payload, unprivileged};
 use tun_driver::netlink::Handle;
 use tun_driver::{Builder, Iface, Mode, OpenError};
@@ -145,7 +145,7 @@ fn main() {
                 let answer = [front, &udp_packet(socket.local_addr().unwrap().port(), b"in")].concat();
                 assert_eq!(iface.send(&answer).unwrap(), answer.len(), "all bytes count");
                 let mut buf = [0; 16];
-                let (len, from) = socket.recv_from(&mut buf).unwrap();
+                let (len, from) = again(|| socket.recv_from(&mut buf)).unwrap();
                 assert_eq!((&buf[..len], from.port()), (&b"in"[..], 1111));
             }
         }),
@@ -256,7 +256,7 @@ fn main() {
                     let finish_in = finish_in;
                     let packets = (0..PACKETS).map(|_| {
                         let mut buf = [0; 16];
-                        let (len, _) = socket.recv_from(&mut buf).unwrap();
+                        let (len, _) = again(|| socket.recv_from(&mut buf)).unwrap();
                         finish_in.recv().unwrap();
                         buf[..len].to_vec()
                     });

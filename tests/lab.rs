@@ -11,7 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_tun, trial};
+use common::{again, need_tun, trial};
 use tun_driver::lab::packet::{self, Ethernet, Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Namespace, Sandbox, Sink, Tracker, monotonic_ns, process, sysctl};
 use tun_driver::netlink::{Handle, RequestError};
@@ -354,8 +354,7 @@ fn veth_between_namespaces() {
         let sender = UdpSocket::bind(target).unwrap();
         let before = netlink.stats(near).unwrap();
         assert_eq!(sender.send_to(&[7; 100], bound).unwrap(), 100);
-        let (length, from) = receiver
-            .recv_from(&mut [0; 200])
+        let (length, from) = again(|| receiver.recv_from(&mut [0; 200]))
             .unwrap_or_else(|error| panic!("{bound}: {error}, {:?}, {:?}", netlink.stats(near), there.stats(far)));
         assert_eq!((length, from), (100, sender.local_addr().unwrap()));
         let sent = netlink.stats(near).unwrap().since(&before);

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, repeats, trial};
+use common::{Trial, again, need_backend, repeats, trial};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr};
 use tun_driver::{Backend, Batch, Builder, Device, Mode, Offloads, PortErrorKind, PortId, Wait, Worker, WorkerConfig};
@@ -151,7 +151,7 @@ impl Bench {
             assert_eq!((sent.accepted, sent.refused, sent.stopped), (50, 0, None));
             for index in 0..50 {
                 let mut number = [0; 8];
-                assert_eq!(socket.recv(&mut number).unwrap(), 2);
+                assert_eq!(again(|| socket.recv(&mut number)).unwrap(), 2);
                 assert_eq!(number[..2], (round * 50 + index).to_be_bytes());
             }
         }

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_locked_memory, need_program, repeats, skip, trial};
+use common::{again, need_locked_memory, need_program, repeats, skip, trial};
 use offer::{
     HERE, Offer, PORT, THERE, await_sleep, batch_of, both, build, config, numbers, on_both, outward, quiet, receive,
     single, stamp, switches, this_thread, tun, with_tun, worker,
@@ -1346,7 +1346,7 @@ fn udp_peers(backend: Backend) {
             assert_eq!((sent.accepted, sent.stopped), (100, None));
             for index in 0..100u8 {
                 let mut answer = [0; 8];
-                let (len, from) = clients[usize::from(index % 2)].recv_from(&mut answer).unwrap();
+                let (len, from) = again(|| clients[usize::from(index % 2)].recv_from(&mut answer)).unwrap();
                 assert_eq!((&answer[..len], from), (&[round, index, b'!'][..], address));
             }
         }
@@ -1376,7 +1376,7 @@ fn udp_connected(backend: Backend) {
     let port = worker.attach(socket).unwrap();
     worker.send(port, b"to the peer").unwrap();
     let mut bytes = [0; 32];
-    assert_eq!(other.recv(&mut bytes).unwrap(), 11);
+    assert_eq!(again(|| other.recv(&mut bytes)).unwrap(), 11);
     stranger.send_to(b"stranger", address).unwrap();
     other.send(b"from the peer").unwrap();
     let mut batch = Batch::with_capacity(8);
@@ -1384,7 +1384,7 @@ fn udp_connected(backend: Backend) {
     assert_eq!(batch[0][..], *b"from the peer");
     batch[0].set_peer(None);
     assert_eq!(worker.send_many(port, &mut batch).accepted, 1);
-    assert_eq!(other.recv(&mut bytes).unwrap(), 13);
+    assert_eq!(again(|| other.recv(&mut bytes)).unwrap(), 13);
 }
 
 fn udp_oversize(backend: Backend) {
@@ -1441,7 +1441,7 @@ fn udp_refused_by_icmp(backend: Backend) {
     present
         .set_read_timeout(Some(Duration::from_secs(10) * common::slowness()))
         .unwrap();
-    assert_eq!(present.recv(&mut [0; 32]).unwrap(), 8);
+    assert_eq!(again(|| present.recv(&mut [0; 32])).unwrap(), 8);
     // And nothing is left that wait would spin on.
     let wake = worker.wait(soon()).unwrap();
     assert!(wake.timer, "{wake:?}");
@@ -1479,7 +1479,7 @@ fn udp_unreachable(backend: Backend) {
     assert_eq!(refused.count(libc::EAFNOSUPPORT), 49, "{refused:?}");
     let mut bytes = [0; 8];
     for index in 0..50u8 {
-        assert_eq!(receiver.recv(&mut bytes).unwrap(), 1);
+        assert_eq!(again(|| receiver.recv(&mut bytes)).unwrap(), 1);
         assert_eq!(bytes[0], 3 * index);
     }
 }
@@ -1497,8 +1497,8 @@ fn udp_empty_datagram(backend: Backend) {
     let sent = worker.send_many(port, &mut batch);
     assert_eq!((sent.accepted, sent.refused), (2, 0));
     let mut bytes = [0; 8];
-    assert_eq!(other.recv(&mut bytes).unwrap(), 0);
-    assert_eq!(other.recv(&mut bytes).unwrap(), 1);
+    assert_eq!(again(|| other.recv(&mut bytes)).unwrap(), 0);
+    assert_eq!(again(|| other.recv(&mut bytes)).unwrap(), 1);
 }
 
 fn encapsulation(backend: Backend) {

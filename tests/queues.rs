@@ -7,7 +7,7 @@ use std::io;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use common::{need_tun, repeats, trial};
+use common::{again, need_tun, repeats, trial};
 use device::{
     NOBODY, Node, copy, descriptor_flags, exists, ioctl_int, ioctl_value, link, namespace, raw_tun, raw_unattached,
     read_packet, socket_behind, try_read, udp_packet, udp_payload, unprivileged, write,
@@ -63,7 +63,7 @@ fn main() {
             let mut from = Vec::new();
             for _ in &queues {
                 let mut buf = [0; 16];
-                let (len, _) = socket.recv_from(&mut buf).unwrap();
+                let (len, _) = again(|| socket.recv_from(&mut buf)).unwrap();
                 from.extend_from_slice(&buf[..len]);
             }
             from.sort_unstable();
@@ -83,7 +83,7 @@ fn main() {
             assert_eq!(spread(first, second, 64), Some(0));
             write(second, &udp_packet(socket.local_addr().unwrap().port(), b"still")).unwrap();
             let mut buf = [0; 16];
-            assert_eq!(socket.recv(&mut buf).unwrap(), 5);
+            assert_eq!(again(|| socket.recv(&mut buf)).unwrap(), 5);
             second.enable().unwrap();
             assert!(!second.is_disabled().unwrap());
             first.disable().unwrap();
@@ -364,7 +364,7 @@ fn main() {
             for queue in device.queues() {
                 write(queue, &udp_packet(port, b"adopted")).unwrap();
                 let mut buf = [0; 16];
-                assert_eq!(socket.recv(&mut buf).unwrap(), 7);
+                assert_eq!(again(|| socket.recv(&mut buf)).unwrap(), 7);
             }
             assert_eq!(device.add_queue().unwrap().name(), "every");
             drop(device);

@@ -13,7 +13,7 @@ use std::net::UdpSocket;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use common::{need_backend, repeats, trial};
+use common::{again, need_backend, repeats, trial};
 use device::{try_read, udp_packet, udp_payload, write};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
@@ -501,8 +501,8 @@ impl<'a> Machine<'a> {
             return Ok(());
         }
         let mut arrived = [0; 64];
-        let len = self.place().sockets[flow]
-            .recv(&mut arrived)
+        let socket = &self.place().sockets[flow];
+        let len = again(|| socket.recv(&mut arrived))
             .map_err(|error| format!("the stack did not get the packet: {error}"))?;
         ensure!(arrived[..len] == payload, "the stack got another packet");
         let slot = self.slots.iter().position(|&slot| slot == self.members[at].number);

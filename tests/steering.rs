@@ -8,7 +8,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{need_tun, trial};
+use common::{again, need_tun, trial};
 use tun_driver::lab::packet::{Framing, Spec};
 use tun_driver::lab::{Filler, Namespace, Tracker, sysctl};
 use tun_driver::{Batch, Builder, Endpoint, Engine, Handler, Mode, MultiQueue, PortId, Worker};
@@ -186,7 +186,7 @@ fn stays() {
         }
         for client in &clients {
             let mut answer = [0; 4];
-            assert_eq!(client.recv(&mut answer).unwrap(), 1);
+            assert_eq!(again(|| client.recv(&mut answer)).unwrap(), 1);
             assert_eq!(answer[0], trip);
         }
     }

@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, need_receive_buffer, repeats, skip, trial};
+use common::{Trial, again, need_backend, need_receive_buffer, repeats, skip, trial};
 use tun_driver::lab::{Namespace, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
@@ -915,7 +915,7 @@ fn datagrams(wire: &Wire, to: IpAddr, gro: bool) {
                     tell.send(socket.local_addr().unwrap()).unwrap();
                     let (mut buffer, mut bytes) = (vec![0; 70_000], Vec::new());
                     while bytes.len() < GROUPS * (40_000 + 77) {
-                        let len = socket.recv(&mut buffer).unwrap();
+                        let len = again(|| socket.recv(&mut buffer)).unwrap();
                         bytes.extend_from_slice(&buffer[..len]);
                     }
                     bytes
@@ -1196,13 +1196,13 @@ fn into_a_socket(backend: Backend) {
     assert_eq!((sent.accepted, sent.refused, sent.stopped), (2, 0, None));
     let mut buffer = [0; 2_000];
     while got.len() < payload.len() {
-        let len = receiver.recv(&mut buffer).unwrap();
+        let len = again(|| receiver.recv(&mut buffer)).unwrap();
         assert!(buffer.starts_with(b"tunnel") && len <= 946);
         assert_eq!(u16::from_be_bytes([buffer[8], buffer[9]]) as usize, len - 6);
         got.extend_from_slice(&buffer[46..len]);
     }
     assert_eq!(got, payload);
-    let len = receiver.recv(&mut buffer).unwrap();
+    let len = again(|| receiver.recv(&mut buffer)).unwrap();
     assert_eq!(buffer[..len], *b"behind");
     let counters = worker.counters(port).unwrap();
     assert_eq!(
@@ -1223,7 +1223,7 @@ fn receiver() -> UdpSocket {
 
 fn received(receiver: &UdpSocket) -> Vec<u8> {
     let mut buffer = [0; 70_000];
-    let len = receiver.recv(&mut buffer).unwrap();
+    let len = again(|| receiver.recv(&mut buffer)).unwrap();
     buffer[..len].to_vec()
 }
 

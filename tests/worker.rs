@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, need_backend, trial};
+use common::{Trial, again, need_backend, trial};
 use tun_driver::lab::packet::{Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Tracker, process};
 use tun_driver::netlink::Handle;
@@ -427,7 +427,7 @@ fn encapsulates(backend: Backend) {
     }
     let mut buffer = [0; 2000];
     for _ in 0..10 {
-        assert_eq!(far.recv(&mut buffer).unwrap(), 508);
+        assert_eq!(again(|| far.recv(&mut buffer)).unwrap(), 508);
         assert_eq!(buffer[..9], [1, 2, 3, 4, 5, 6, 7, 8, 0x45]);
     }
     for sequence in 0..10 {
@@ -493,7 +493,7 @@ fn datagrams(backend: Backend) {
         assert_eq!((sent.accepted, sent.refused, sent.stopped), (4, 0, None));
         let mut buffer = [0; 16];
         for (number, other) in others.iter().enumerate() {
-            assert_eq!(other.recv_from(&mut buffer).unwrap(), (5, here));
+            assert_eq!(again(|| other.recv_from(&mut buffer)).unwrap(), (5, here));
             assert_eq!(buffer[..5], [number as u8; 5]);
         }
         // Without a peer, on a socket that is not connected: refused for good, with its errno.

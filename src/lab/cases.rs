@@ -437,10 +437,19 @@ fn one_trip(socket: &UdpSocket, trip: u64) -> io::Result<Duration> {
     let mut answer = [0; 16];
     let start = Instant::now();
     socket.send(&trip.to_be_bytes())?;
-    let len = socket.recv(&mut answer).map_err(|error| match error.kind() {
-        io::ErrorKind::WouldBlock => io::Error::new(io::ErrorKind::TimedOut, format!("no answer to trip {trip}")),
-        _ => error,
-    })?;
+    let len = loop {
+        match socket.recv(&mut answer) {
+            // The process was stopped meanwhile: a call with a time-out is not resumed (signal(7)).
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    format!("no answer to trip {trip}"),
+                ));
+            }
+            outcome => break outcome?,
+        }
+    };
     let took = start.elapsed();
     expect(&trip.to_be_bytes()[..], &answer[..len])?;
     Ok(took)

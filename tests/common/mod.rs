@@ -30,6 +30,7 @@
 use std::any::Any;
 use std::env;
 use std::fs::{self, OpenOptions};
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -224,6 +225,17 @@ pub fn repeats(short: usize, long: usize) -> usize {
 /// How many times slower than usual this machine is taken to be.
 pub fn slowness() -> u32 {
     env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS))
+}
+
+/// Receives, also where the process was stopped meanwhile: a call with a time-out is not resumed
+/// then (signal(7)).
+pub fn again<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match receive() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            outcome => return outcome,
+        }
+    }
 }
 
 /// The running kernel's version, for what is asked of it by no other means.
