@@ -19,6 +19,8 @@ pub(crate) const COMPARED: u16 =
 /// Opens the tun node, non-blocking. The descriptor belongs to the calling thread's network namespace.
 pub(crate) fn open_node(nonblocking: bool) -> Result<OwnedFd, OpenError> {
     const CALL: &str = "open(/dev/net/tun)";
+    const FOREIGN: &str = "/dev/net/tun is a file or another device, not the character device 10:200; remove it, and make \
+                           the node (mknod /dev/net/tun c 10 200)";
     let node = tun::open_node(nonblocking).map_err(|error| {
         let (kind, detail) = match error.raw_os_error() {
             Some(libc::ENOENT) => (
@@ -33,6 +35,8 @@ pub(crate) fn open_node(nonblocking: bool) -> Result<OwnedFd, OpenError> {
                 OpenErrorKind::NoTunNode,
                 "a device cgroup forbids the node; give the container the device (--device /dev/net/tun)",
             ),
+            // A directory, which opens for reading only.
+            Some(libc::EISDIR) => (OpenErrorKind::NoTunNode, FOREIGN),
             Some(libc::ENODEV | libc::ENXIO) => {
                 (OpenErrorKind::NoTunNode, "the node is there but the kernel has no driver behind it; load it (modprobe tun)")
             }
@@ -41,9 +45,7 @@ pub(crate) fn open_node(nonblocking: bool) -> Result<OwnedFd, OpenError> {
         OpenError::new(kind, CALL, &error, detail)
     })?;
     if !tun::is_tun(node.as_fd()).map_err(|error| os_error("fstat", &error))? {
-        let detail = "/dev/net/tun is a file or another device, not the character device 10:200; replace it \
-                      (rm /dev/net/tun; mknod /dev/net/tun c 10 200)";
-        return Err(OpenError::refused(OpenErrorKind::NoTunNode, CALL, detail));
+        return Err(OpenError::refused(OpenErrorKind::NoTunNode, CALL, FOREIGN));
     }
     Ok(node)
 }

@@ -6,6 +6,7 @@ use std::thread;
 
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue};
 
+use crate::attach;
 use crate::sys::{host, tun};
 
 /// What this host and this process can do, as [`probe`](Self::probe) found it.
@@ -16,7 +17,7 @@ use crate::sys::{host, tun};
 pub struct Support {
     /// The release of the running kernel, such as `6.1.0-18-amd64`. Only to be shown: nothing here is concluded from it.
     pub kernel_release: Option<String>,
-    /// Whether `/dev/net/tun` can be opened.
+    /// Whether `/dev/net/tun` can be opened, and is the node of the tun driver.
     pub tun_node: TunNode,
     /// The flags that TUNSETIFF knows (TUNGETFEATURES); `None` if the node cannot be opened.
     pub tun_features: Option<u32>,
@@ -47,6 +48,8 @@ pub enum TunNode {
     Missing,
     /// There is one, but opening it fails with this errno: EACCES or EPERM (no right to), ENODEV (no driver).
     Refused(i32),
+    /// It is a file, a directory or another device, not the character device 10:200.
+    Foreign,
 }
 
 /// What io_uring offers.
@@ -102,7 +105,7 @@ impl Support {
     /// println!("io_uring: {}, multi-queue: {:?}", support.io_uring.available, support.multi_queue);
     /// ```
     pub fn probe() -> Self {
-        let node = tun::open_node(true);
+        let node = attach::open_node(true);
         let tun_features = node.as_ref().ok().and_then(|fd| tun::features(fd.as_fd()).ok());
         // If these cannot be asked, they are taken as missing, which is the answer that promises less.
         let capabilities = host::effective_capabilities().unwrap_or(0);
@@ -118,7 +121,9 @@ impl Support {
                 Ok(_) => TunNode::Opens,
                 Err(error) => match error.raw_os_error() {
                     Some(libc::ENOENT) => TunNode::Missing,
-                    errno => TunNode::Refused(errno.unwrap_or(libc::EIO)),
+                    // Something else opened, or is a directory.
+                    None | Some(libc::EISDIR) => TunNode::Foreign,
+                    Some(errno) => TunNode::Refused(errno),
                 },
             },
             io_uring: IoUringSupport::probe_elsewhere(),

@@ -820,6 +820,9 @@ fn main() {
                     assert!(error.detail().contains("10:200"), "{error}");
                     let error = Iface::new("fresh", Mode::Tun).unwrap_err();
                     assert!(error.to_string().contains("10:200"), "{error}");
+                    let support = Support::probe();
+                    assert_eq!(support.tun_node, TunNode::Foreign);
+                    assert_eq!((support.tun_features, support.tun_nowait), (None, None));
                 });
             }
             unprivileged(NOBODY, Node::Missing, || {

@@ -30,6 +30,10 @@ fn main() {
             "doctor fails with 77 where the node is missing or closed",
             doctor_without_node,
         ),
+        trial(
+            "a file, a directory or another device as the node is named, with exit code 77",
+            foreign_node,
+        ),
         trial("a folder for results that cannot be is refused by name", out_folder),
         trial("bench takes a folder of any bytes", any_bytes).bound(Duration::from_secs(180)),
         trial("help and version name the tool and all that it measures", help),
@@ -491,10 +495,73 @@ fn interrupted_bench() {
     }
 }
 
-/// The node is taken away, or closed to root too, in a mount namespace.
-fn doctor_without_node() {
+/// The tool in a mount namespace in which `change` was made.
+fn tool_after(change: &str, arguments: &[&str]) -> Output {
     need_program("unshare", "util-linux");
     need_program("mount", "mount");
+    let output = Command::new("unshare")
+        .args(["--mount", "sh", "-c"])
+        .arg(format!("{{ {change}; }} && echo changed >&2 && exec \"$0\" \"$@\""))
+        .arg(env!("CARGO_BIN_EXE_tun-driver"))
+        .args(arguments)
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let Some((_, rest)) = stderr.split_once("changed\n") else {
+        skip(format!("no mount namespace: {stderr}"))
+    };
+    Output {
+        stderr: rest.as_bytes().to_vec(),
+        ..output
+    }
+}
+
+fn foreign_node() {
+    let folder = scratch("foreign");
+    let out = folder.to_str().unwrap();
+    for node in [
+        "touch /dev/net/tun",
+        "mkdir /dev/net/tun",
+        "mount --bind /dev/null /dev/net/tun",
+    ] {
+        let change = match node.starts_with("mount") {
+            true => node.to_owned(),
+            false => format!("mount -t tmpfs tmpfs /dev/net && {node}"),
+        };
+        let output = tool_after(&change, &["doctor", "--json"]);
+        assert_eq!(output.status.code(), Some(77), "{node}");
+        let told: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let find = |name: &str| {
+            let all = told["findings"].as_array().unwrap();
+            all.iter().find(|one| one["name"] == name).unwrap().to_string()
+        };
+        for name in ["/dev/net/tun", "sandbox"] {
+            let told = find(name);
+            assert!(
+                told.contains("\"missing\"") && told.contains("10:200") && told.contains("mknod"),
+                "{node}: {told}"
+            );
+        }
+        let nowait = find("tun without waiting");
+        assert!(!nowait.contains("6.4"), "the kernel is not to blame: {nowait}");
+        for verb in [&["bench", "--quick"][..], &["throughput"]] {
+            let told = tool_after(&change, &[verb, &["--out", out]].concat());
+            let stderr = String::from_utf8_lossy(&told.stderr).into_owned();
+            assert_eq!(told.status.code(), Some(77), "{node} {verb:?}: {stderr}");
+            assert!(
+                stderr.contains("/dev/net/tun: ") && stderr.contains("10:200") && stderr.contains("mknod"),
+                "{stderr}"
+            );
+            assert!(
+                !folder.exists() && told.stdout.is_empty(),
+                "{node} {verb:?}: a report of nothing"
+            );
+        }
+    }
+}
+
+/// The node is taken away, or closed to root too, in a mount namespace.
+fn doctor_without_node() {
     for (change, remedy) in [
         ("mount -t tmpfs tmpfs /dev/net", "modprobe tun"),
         (
@@ -502,22 +569,7 @@ fn doctor_without_node() {
             "chmod 0666 /dev/net/tun",
         ),
     ] {
-        let output = Command::new("unshare")
-            .args([
-                "--mount",
-                "sh",
-                "-c",
-                &format!("{change} && exec \"$0\" doctor --json"),
-                env!("CARGO_BIN_EXE_tun-driver"),
-            ])
-            .output()
-            .unwrap();
-        if output.stdout.is_empty() {
-            skip(format!(
-                "no mount namespace: {}",
-                String::from_utf8_lossy(&output.stderr)
-            ));
-        }
+        let output = tool_after(change, &["doctor", "--json"]);
         assert_eq!(output.status.code(), Some(77));
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert!(stderr.contains("missing: /dev/net/tun, "), "{stderr}");

@@ -181,6 +181,8 @@ pub(super) fn lacks() -> Result<(), String> {
     // (queues handed over by a privileged helper), the version has to do. `attach` asks each queue.
     let nowait = tun::open_node(true)
         .ok()
+        // A file in the node's place knows nothing of the kernel.
+        .filter(|node| tun::is_tun(node.as_fd()).unwrap_or(false))
         .and_then(|node| tun::unattached_takes_nowait(node.as_fd()));
     if nowait.unwrap_or_else(|| host::kernel_version() >= (6, 4)) {
         return Ok(());

@@ -17,8 +17,9 @@ use tun_driver::lab::offload_cases::{self, Load64K, Traffic};
 use tun_driver::lab::results::{Acts, Curve, Scaling};
 use tun_driver::lab::scaling::{self, Stretch};
 use tun_driver::lab::ways::{ByWorker, IfaceLoop, PollLoop};
-use tun_driver::{Backend, Support, TunNode, Wait, Worker, WorkerConfig};
+use tun_driver::{Backend, Support, Wait, Worker, WorkerConfig};
 
+use crate::doctor::need_node;
 use crate::{Failure, report, results_folder, until_interrupted};
 
 #[derive(Args)]
@@ -115,9 +116,7 @@ const SPIN: Duration = Duration::from_micros(100);
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let support = Support::probe();
-    if support.tun_node != TunNode::Opens {
-        return Err(Failure::Lacking("/dev/net/tun cannot be opened".to_owned()));
-    }
+    need_node(&support)?;
     let machine = Machine::read();
     // Before any thread is started: without root, the whole process moves.
     let sandbox = Sandbox::enter().map_err(|error| Failure::Lacking(format!("no network namespace: {error}")))?;

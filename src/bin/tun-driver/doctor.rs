@@ -122,18 +122,36 @@ fn kernel(support: &Support) -> Finding {
 }
 
 fn node(support: &Support) -> Finding {
-    let (state, told) = match support.tun_node {
-        TunNode::Opens => (State::Good, "can be opened".to_owned()),
-        TunNode::Missing => (State::Missing, "there is none".to_owned()),
-        TunNode::Refused(errno) => (State::Missing, io::Error::from_raw_os_error(errno).to_string()),
-        _ => (State::Missing, "unknown".to_owned()),
-    };
+    let trouble = node_trouble(support.tun_node);
     Finding {
         name: "/dev/net/tun",
-        state,
-        told,
+        state: match trouble {
+            None => State::Good,
+            Some(_) => State::Missing,
+        },
+        told: trouble.unwrap_or_else(|| "can be opened".to_owned()),
         remedy: node_remedy(support.tun_node).map(str::to_owned),
     }
+}
+
+/// Why a node is of no use.
+fn node_trouble(node: TunNode) -> Option<String> {
+    match node {
+        TunNode::Opens => None,
+        TunNode::Missing => Some("there is none".to_owned()),
+        TunNode::Foreign => Some("a file or another device, not the character device 10:200".to_owned()),
+        TunNode::Refused(errno) => Some(io::Error::from_raw_os_error(errno).to_string()),
+        _ => Some("unknown".to_owned()),
+    }
+}
+
+/// Fails, with the remedy, where no device can be opened for want of the node.
+pub(crate) fn need_node(support: &Support) -> Result<(), Failure> {
+    let Some(trouble) = node_trouble(support.tun_node) else {
+        return Ok(());
+    };
+    let remedy = node_remedy(support.tun_node).unwrap_or_default();
+    Err(Failure::Lacking(format!("/dev/net/tun: {trouble}: {remedy}")))
 }
 
 /// What to do about a node that cannot be opened.
@@ -141,6 +159,7 @@ fn node_remedy(node: TunNode) -> Option<&'static str> {
     match node {
         TunNode::Opens => None,
         TunNode::Missing => Some("modprobe tun; in a container: --device /dev/net/tun"),
+        TunNode::Foreign => Some("remove it, and make the node: mknod /dev/net/tun c 10 200"),
         _ => Some("run as root, or: chmod 0666 /dev/net/tun; in a container: --device /dev/net/tun"),
     }
 }
@@ -160,7 +179,7 @@ fn nowait(support: &Support) -> Finding {
         None => Finding {
             name: "tun without waiting",
             state: State::Reduced,
-            told: "cannot be asked while /dev/net/tun cannot be opened".to_owned(),
+            told: "cannot be asked without /dev/net/tun".to_owned(),
             remedy: None,
         },
     }

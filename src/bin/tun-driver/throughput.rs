@@ -14,8 +14,9 @@ use tun_driver::lab::process::die_with_parent;
 use tun_driver::lab::throughput::search::{Bounds, Outcome, Search, Settings};
 use tun_driver::lab::throughput::{Layout, Load, Measured, Mode, Rig, Setup, Size, Source, pktgen};
 use tun_driver::netlink::Handle;
-use tun_driver::{Backend, Wait, WorkerConfig};
+use tun_driver::{Backend, Support, Wait, WorkerConfig};
 
+use crate::doctor::need_node;
 use crate::{Failure, positive, report, results_folder, seconds, until_interrupted};
 
 #[derive(Args)]
@@ -268,6 +269,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     if options.dry_run {
         return dry_run(options, &layout);
     }
+    need_node(&Support::probe())?;
     let stop = until_interrupted()?;
     let source = check(options, &layout)?;
     results_folder(&options.out)?;
