@@ -215,6 +215,9 @@ impl Builder {
     /// [`open`](Self::open) refuses an address whose network another device that is up has already
     /// (EEXIST, with the name of that device): the kernel would take it and send to that network
     /// through the other device. Single addresses (/32, /128) may be shared.
+    ///
+    /// The kernel completes an IPv6 address a moment after the device is up, on one of its own threads.
+    /// Packets to the address that are written before then are dropped.
     #[cfg(feature = "netlink")]
     pub fn address(mut self, address: impl Into<IpAddr>, prefix: u8) -> Self {
         self.addresses.push((address.into(), prefix));

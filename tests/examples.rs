@@ -13,7 +13,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::time::{Duration, Instant};
 use std::{env, fs, process, thread};
 
-use common::{Trial, again, need_backend, need_program, need_tun, skip, trial};
+use common::{Trial, again, await_address, need_backend, need_program, need_tun, skip, trial};
 use tun_driver::lab::Namespace;
 use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Worker, WorkerConfig};
@@ -175,6 +175,7 @@ fn worker_loop(backend: Backend) {
         ("198.18.1.1:0", "198.18.1.2:7"),
         ("[fd00:18:1::1]:0", "[fd00:18:1::77]:4242"),
     ] {
+        await_address(own.parse().unwrap());
         let socket = socket(own);
         let far: SocketAddr = far.parse().unwrap();
         for number in 0..DATAGRAMS / 2 {

@@ -102,7 +102,7 @@ impl Far {
         netlink.set_up(index, true).unwrap();
         netlink.add_address(index, v4(0, 1), 8).unwrap();
         netlink.add_address(index, v6(0, 1), 64).unwrap();
-        await_address(SocketAddr::new(v6(0, 1), 0));
+        common::await_address(SocketAddr::new(v6(0, 1), 0));
         let far = Self { queue, index };
         // What went out before the address was the host's.
         far.drain();
@@ -140,28 +140,6 @@ impl Far {
     fn refuse(&self, packet: &[u8], kind: u8, code: u8, rest: u32) {
         let answer = icmp(packet, kind, code, rest);
         assert_eq!(device::write(&self.queue, &answer).unwrap(), answer.len());
-    }
-}
-
-/// Waits until the host answers to an IPv6 address: it becomes usable a little after it was added.
-fn await_address(address: SocketAddr) {
-    let socket = loop_until(|| UdpSocket::bind(address).ok());
-    socket.set_nonblocking(true).unwrap();
-    loop_until(|| {
-        socket.send_to(&[1], socket.local_addr().unwrap()).ok()?;
-        socket.recv(&mut [0]).ok()
-    });
-}
-
-/// Asks every millisecond, for at most ten seconds.
-fn loop_until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(10) * common::slowness();
-    loop {
-        if let Some(answer) = ask() {
-            return answer;
-        }
-        assert!(Instant::now() < deadline, "it does not come");
-        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -560,11 +538,11 @@ fn answers_from_the_asked_address(backend: Backend) {
     let netlink = Handle::new().unwrap();
     netlink.add_address(far.index, v4(0, 2), 8).unwrap();
     netlink.add_address(far.index, v6(0, 2), 64).unwrap();
-    await_address(SocketAddr::new(v6(0, 2), 0));
+    common::await_address(SocketAddr::new(v6(0, 2), 0));
     let link_local = |low| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, low);
     for low in [7, 8] {
         netlink.add_address(far.index, link_local(low).into(), 64).unwrap();
-        await_address(SocketAddrV6::new(link_local(low), 0, 0, far.index).into());
+        common::await_address(SocketAddrV6::new(link_local(low), 0, 0, far.index).into());
     }
     let config = WorkerConfig {
         large_buffers: 16,

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, again, need_backend, trial};
+use common::{Trial, again, need_backend, once_quiet, trial};
 use tun_driver::lab::packet::{Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Tracker, process};
 use tun_driver::netlink::Handle;
@@ -769,16 +769,17 @@ fn idles(backend: Backend) {
         line.rsplit('\t').next().unwrap().trim().parse::<u64>().unwrap()
     };
     port.wait(Some(Instant::now())).unwrap();
-    let (before, cpu) = (switches(), process::thread_cpu_time());
-    assert!(
-        port.wait(Some(Instant::now() + Duration::from_millis(400)))
-            .unwrap()
-            .timer
-    );
-    // One, and what else happens inside the call: the kernel switches once or twice more on some days.
-    let switched = switches() - before;
-    assert!(switched < 8, "{switched} switches in one wait");
-    assert!(process::thread_cpu_time() - cpu < Duration::from_millis(5));
+    once_quiet(|| {
+        let (before, cpu) = (switches(), process::thread_cpu_time());
+        let until = Instant::now() + Duration::from_millis(400);
+        assert!(port.wait(Some(until)).unwrap().timer);
+        // One, and what else happens inside the call: the kernel switches once or twice more on some days.
+        let (switched, used) = (switches() - before, process::thread_cpu_time() - cpu);
+        if switched < 8 && used < Duration::from_millis(5) {
+            return Ok(());
+        }
+        Err(format!("{switched} switches and {used:?} in one wait"))
+    });
 }
 
 fn many_ports() {

@@ -31,12 +31,13 @@ use std::any::Any;
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::io;
+use std::net::{SocketAddr, UdpSocket};
 use std::panic::{self, AssertUnwindSafe};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Completion, Failed};
 use tun_driver::lab::Sandbox;
@@ -228,13 +229,43 @@ pub fn slowness() -> u32 {
 }
 
 /// Receives, also where the process was stopped meanwhile: a call with a time-out is not resumed
-/// then (signal(7)).
+/// then (signal(7)). Gives up after 20 seconds of interruptions.
 pub fn again<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    let deadline = Instant::now() + Duration::from_secs(20) * slowness();
     loop {
         match receive() {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted && Instant::now() < deadline => (),
             outcome => return outcome,
         }
+    }
+}
+
+/// Looks at up to five stretches of time, of which one must be quiet: a process that is stopped and
+/// goes on is woken for that alone.
+pub fn once_quiet(mut look: impl FnMut() -> Result<(), String>) {
+    let disturbances: Vec<String> = (0..5).map_while(|_| look().err()).collect();
+    assert!(disturbances.len() < 5, "never quiet: {disturbances:?}");
+}
+
+/// Waits until the host answers to an IPv6 address: it becomes usable a little after it was added.
+pub fn await_address(address: SocketAddr) {
+    let socket = loop_until(|| UdpSocket::bind(address).ok());
+    socket.set_nonblocking(true).unwrap();
+    loop_until(|| {
+        socket.send_to(&[1], socket.local_addr().unwrap()).ok()?;
+        socket.recv(&mut [0]).ok()
+    });
+}
+
+/// Asks every millisecond, for at most ten seconds.
+pub fn loop_until<T>(mut ask: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10) * slowness();
+    loop {
+        if let Some(answer) = ask() {
+            return answer;
+        }
+        assert!(Instant::now() < deadline, "it does not come");
+        thread::sleep(Duration::from_millis(1));
     }
 }
 
