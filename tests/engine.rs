@@ -1,17 +1,20 @@
 //! The engine on real devices: placement, packets, control, events, panics, the end.
 
 mod common;
+mod device;
 
 use std::net::UdpSocket;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Trial, again, need_backend, need_locked_memory, need_tun, once_quiet, trial};
+use common::{Trial, again, need_backend, need_locked_memory, need_tun, once_quiet, repeats, trial};
+use device::{ping, ping_back};
 use tun_driver::lab::generator::{self, Generator, Limit};
 use tun_driver::lab::packet::Framing;
-use tun_driver::lab::{Filler, Tracker, process, sysctl};
+use tun_driver::lab::{Filler, Namespace, Tracker, process, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::{
     Backend, Batch, Builder, ControlError, Counters, Device, Ended, Endpoint, Engine, Event, Handler, Mode, MultiQueue,
@@ -21,7 +24,7 @@ use tun_driver::{
 
 fn main() {
     type Check = (&'static str, fn(Backend));
-    let each: [Check; 20] = [
+    let each: [Check; 22] = [
         (
             "every packet reaches a handler once, in order, queue by queue",
             delivers,
@@ -51,6 +54,14 @@ fn main() {
         (
             "a move is reported as one though no worker answers",
             device_moved_unanswered,
+        ),
+        (
+            "a namespace that goes takes its device, which is reported once, and the rest goes on",
+            namespace_gone,
+        ),
+        (
+            "a namespace that goes with the engine that watches in it leaves nothing",
+            watched_namespace_gone,
         ),
         (
             "a device of queues attached at run time is watched, and gone once",
@@ -731,11 +742,157 @@ fn device_moved_unanswered(backend: Backend) {
         }]
     );
     drop(release);
-    // T7: not watched there, so nothing of ours keeps the namespace; the device ends with it, and
-    // the data path finds out.
+    // Not watched there, so nothing of ours keeps the namespace; the device ends with it, and the
+    // data path finds out.
     drop(there);
     assert!(matches!(engine.wait(), Ended::DeviceGone { .. }));
     assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+}
+
+/// Sends each answer to a ping back as the next ping.
+struct Pinging;
+
+impl Handler for Pinging {
+    fn packets(&mut self, worker: &mut Worker, port: PortId, batch: &mut Batch) {
+        batch.retain_mut(|packet| ping_back(packet));
+        // A device on its way out refuses them.
+        let _ = worker.send_many(port, batch);
+        batch.clear();
+    }
+}
+
+/// A new namespace with the device `e0` in it.
+fn moved_to_a_namespace(index: u32) -> Namespace {
+    let there = Namespace::new().unwrap();
+    Handle::new().unwrap().move_to_namespace(index, there.as_fd()).unwrap();
+    let furnish = || {
+        let netlink = Handle::new().unwrap();
+        let index = netlink.index_of("e0").unwrap();
+        netlink.add_address(index, HERE.parse().unwrap(), 24).unwrap();
+        netlink.set_up(index, true).unwrap();
+    };
+    there.run(furnish).unwrap();
+    there
+}
+
+/// Waits for so many more packets from a device that pings keep busy.
+fn more_answers(engine: &Engine<Pinging>, more: u64) {
+    let received = || engine.stats().total().received_packets;
+    let before = received();
+    eventually("answers to pings", || received() >= before + more);
+}
+
+/// Each queue that is attached in a namespace holds the one that it was opened in, and not the one
+/// that its device was moved to.
+fn namespace_gone(backend: Backend) {
+    // T7.
+    for _ in 0..repeats(5, 200) {
+        let (left, right) = (device("e0", 2, HERE), device("e1", 2, "10.7.0.1"));
+        let there = moved_to_a_namespace(index(&left));
+        let settings = right.device().unwrap().clone();
+        let engine = Engine::builder()
+            .device(right)
+            .workers(2)
+            .config(config(backend))
+            .start(|_| Ok(Pinging))
+            .unwrap();
+        let ping = ping(THERE.parse().unwrap(), HERE.parse().unwrap(), 1);
+        for (worker, queue) in left.into_queues().into_iter().enumerate() {
+            let port = engine.attach(worker, queue).unwrap();
+            let ping = ping.clone();
+            engine
+                .run_on(worker, move |_, worker| worker.send(port, &ping).unwrap())
+                .unwrap();
+        }
+        // In the middle of the traffic.
+        more_answers(&engine, 100);
+        drop(there);
+        let e0 = || "e0".to_owned();
+        assert_eq!(engine.wait(), Ended::DeviceGone { device: e0() });
+        eventually("its ports are detached", || {
+            engine.stats().workers.iter().all(|worker| worker.ports.len() == 1)
+        });
+        assert_eq!(
+            engine.wait_within(Duration::from_millis(20)),
+            None,
+            "reported once, though two workers found out"
+        );
+        // The other device is served and watched, and nothing else was said.
+        settings.set_mtu(1300).unwrap();
+        let changed = |event: &Event| matches!(event, Event::MtuChanged { .. });
+        assert_eq!(
+            events_until(&engine, changed),
+            [
+                Event::Gone { device: e0() },
+                Event::MtuChanged {
+                    device: "e1".to_owned(),
+                    mtu: 1300
+                }
+            ]
+        );
+        let before = engine.stats().total().received_packets;
+        Filler::new(settings.index(), "10.7.0.2".parse().unwrap(), 4)
+            .unwrap()
+            .fill(40, 100)
+            .unwrap();
+        eventually("the other device goes on", || {
+            engine.stats().total().received_packets >= before + 40
+        });
+        // The workers sleep; a queue that is gone does not wake them.
+        let sleeps = || -> u64 {
+            let workers = engine.stats().workers;
+            workers.iter().map(|worker| worker.counters.sleeps).sum()
+        };
+        let before = sleeps();
+        thread::sleep(Duration::from_millis(20));
+        assert!(sleeps() <= before + 4, "the workers are woken again and again");
+        assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+    }
+    assert_eq!(leaked_arenas(), 0);
+}
+
+/// A watch keeps the namespace, as its event says; it ends with the engine, and the device with it.
+fn watched_namespace_gone(backend: Backend) {
+    // T7.
+    for _ in 0..repeats(5, 200) {
+        let device = device("e0", 2, HERE);
+        let index = index(&device);
+        let witness = device.device().unwrap().add_queue().unwrap();
+        witness.disable().unwrap();
+        let engine = Engine::builder()
+            .device(device)
+            .workers(2)
+            .config(config(backend))
+            .start(|_| Ok(Pinging))
+            .unwrap();
+        let there = moved_to_a_namespace(index);
+        let moved = |event: &Event| matches!(event, Event::Moved { .. } | Event::Gone { .. });
+        assert_eq!(
+            events_until(&engine, moved),
+            [Event::Moved {
+                device: "e0".to_owned(),
+                watched: true
+            }]
+        );
+        drop(there);
+        let ping = ping(THERE.parse().unwrap(), HERE.parse().unwrap(), 1);
+        for worker in 0..2 {
+            let ping = ping.clone();
+            let send = move |_: &mut Pinging, worker: &mut Worker| {
+                let port = worker.ports().next().unwrap();
+                worker.send(port, &ping).unwrap();
+            };
+            engine.run_on(worker, send).unwrap();
+        }
+        more_answers(&engine, 100);
+        assert_eq!(engine.wait_within(Duration::from_millis(20)), None);
+        assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
+        eventually("the namespace is gone, and the device with it", || {
+            let name = witness.current_name();
+            name.is_err_and(|error| error.raw_os_error() == Some(libc::EBADFD))
+        });
+    }
+    assert_eq!(leaked_arenas(), 0);
 }
 
 fn watches_attached(backend: Backend) {

@@ -1,10 +1,11 @@
 //! Creating and destroying a thousand times, dropping with reads in flight, faults under load, and hosts that refuse io_uring.
 
 mod common;
+mod device;
 
 use std::io::{Read, Write};
 use std::net::Ipv4Addr;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -12,6 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Trial, need_backend, need_locked_memory, need_tun, repeats, trial};
+use device::{ping, ping_back};
 use tun_driver::lab::{Filler, Namespace, process};
 use tun_driver::netlink::Handle;
 use tun_driver::{
@@ -61,6 +63,8 @@ fn main() {
             format!("deleted while idle and in mid-batch, gone once on every queue {backend:?}"),
             move || deleted_idle(backend),
         ));
+        let name = format!("a namespace that goes takes its device, gone once on every queue {backend:?}");
+        trials.push(trial(name, move || namespace_gone(backend)).alone().bound(long));
     }
     for errno in [libc::EPERM, libc::ENOSYS] {
         let name = format!("io_uring refused with errno {errno}: system calls serve, and it is told");
@@ -524,6 +528,96 @@ fn deleted_idle(backend: Backend) {
                 PortErrorKind::Gone
             );
         }
+    }
+    assert_eq!(leaked_arenas(), 0);
+}
+
+/// T7: the last reference to a namespace goes while packets pass a device in it, whose queues are
+/// attached here.
+fn namespace_gone(backend: Backend) {
+    need_backend(backend);
+    let netlink = Handle::new().unwrap();
+    let mut batch = Batch::with_capacity(64);
+    let mut before = None;
+    for _ in 0..=repeats(5, 200) {
+        let device = Builder::new("t0", Mode::Tun).queues(4).open().unwrap();
+        let index = device.index().unwrap();
+        let mut worker = Worker::new(&config(backend)).unwrap();
+        let queues = device.into_queues();
+        let ports: Vec<_> = queues.into_iter().map(|queue| worker.attach(queue).unwrap()).collect();
+        // A queue holds the namespace that it was opened in (tun_chr_open), not the device's.
+        let there = Namespace::new().unwrap();
+        netlink.move_to_namespace(index, there.as_fd()).unwrap();
+        let furnish = || {
+            let netlink = Handle::new().unwrap();
+            let index = netlink.index_of("t0").unwrap();
+            netlink.add_address(index, HERE.into(), 24).unwrap();
+            netlink.set_up(index, true).unwrap();
+        };
+        there.run(furnish).unwrap();
+        // Each answer is sent back as the next ping, and no socket keeps the namespace.
+        for (id, &port) in (0..).zip(&ports) {
+            worker.send(port, &ping(THERE, HERE, id)).unwrap();
+        }
+        let mut there = Some(there);
+        let (mut answers, mut gone) = (0, Vec::new());
+        let end = Instant::now() + Duration::from_secs(60) * common::slowness();
+        while gone.len() < ports.len() {
+            assert!(
+                !worker.wait(Some(end)).unwrap().timer,
+                "{answers} answers, {} of {} queues gone",
+                gone.len(),
+                ports.len()
+            );
+            while let Some(port) = worker.next_ready() {
+                match worker.try_recv_many(port, &mut batch) {
+                    Ok(_) => {
+                        batch.retain_mut(|packet| ping_back(packet));
+                        answers += batch.len();
+                        // The kernel sets the device down first.
+                        let stopped = worker.send_many(port, &mut batch).stopped;
+                        assert!(
+                            stopped
+                                .is_none_or(|error| matches!(error.kind(), PortErrorKind::Down | PortErrorKind::Gone)),
+                            "{stopped:?}"
+                        );
+                        batch.clear();
+                    }
+                    Err(error) => {
+                        assert_eq!(error.kind(), PortErrorKind::Gone);
+                        assert!(!gone.contains(&port), "announced twice");
+                        gone.push(port);
+                    }
+                }
+            }
+            // In the middle of the traffic.
+            if answers >= 200 {
+                there = None;
+            }
+        }
+        assert!(there.is_none(), "the device is gone before its namespace");
+        // No port is ready any more, so that nothing spins; asked, each says so again.
+        let pause = Instant::now() + Duration::from_millis(5);
+        let awake = worker.wait(Some(pause)).unwrap();
+        assert_eq!((awake.ready, awake.timer), (0, true));
+        for port in ports {
+            let error = worker.try_recv_many(port, &mut batch).unwrap_err();
+            assert_eq!(error.kind(), PortErrorKind::Gone);
+            let queue = worker.detach(port).unwrap().endpoint.into_queue().unwrap();
+            let name = queue.current_name();
+            assert_eq!(name.unwrap_err().raw_os_error(), Some(libc::EBADFD));
+        }
+        let (free, all) = worker.buffers();
+        assert_eq!(free, all);
+        drop(worker);
+        assert!(netlink.index_of("t0").is_err(), "the device came back");
+        let pinned = settled(before.map_or(0, |(_, pinned)| pinned));
+        let left = (process::open_descriptors().unwrap(), pinned);
+        assert!(
+            left.0 == before.unwrap_or(left).0 && left.1 <= before.unwrap_or(left).1,
+            "descriptors and pinned bytes: {before:?}, then {left:?}"
+        );
+        before = Some(left);
     }
     assert_eq!(leaked_arenas(), 0);
 }

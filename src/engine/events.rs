@@ -319,10 +319,17 @@ impl Watch {
     }
 }
 
-impl Drop for Watch {
-    fn drop(&mut self) {
+impl Watch {
+    /// Ends it soon, and lets go of the namespaces that it watches in.
+    pub(super) fn end(&self) {
         self.control.over.store(true, Ordering::Release);
         fd::eventfd_ring(self.control.bell.as_fd());
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.end();
         if let Some(thread) = self.thread.take() {
             // It cannot panic, and if it did nothing is lost.
             let _ = thread.join();

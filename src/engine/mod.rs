@@ -182,6 +182,13 @@ impl<H> Engine<H> {
         let reports = self.shared.wait_for_ends(deadline, self.own_worker());
         let ended = self.links.iter().filter(|link| reports[link.number].is_some());
         join_until(ended.filter_map(Link::take).collect(), deadline);
+        // It keeps the namespaces that devices were moved to, and has no port left to speak of. A
+        // worker that is stuck still has some.
+        if let Some(watch) = &self.watch
+            && reports.iter().all(Option::is_some)
+        {
+            watch.end();
+        }
         let stats = self.stats();
         StopReport {
             workers: reports

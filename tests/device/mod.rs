@@ -182,6 +182,36 @@ pub fn udp_packet(port: u16, payload: &[u8]) -> Vec<u8> {
     packet
 }
 
+/// A ping of `to` by `from`, which the kernel answers itself: it takes no socket to have traffic.
+pub fn ping(from: Ipv4Addr, to: Ipv4Addr, id: u16) -> Vec<u8> {
+    let builder = PacketBuilder::ipv4(from.octets(), to.octets(), 64).icmpv4_echo_request(id, 0);
+    let mut packet = Vec::new();
+    builder.write(&mut packet, &[0x5a; 64]).expect("a packet");
+    packet
+}
+
+/// Makes the answer to a ping a ping of who answered. Anything else stays, and gives `false`.
+pub fn ping_back(packet: &mut [u8]) -> bool {
+    const HEADER: usize = 20;
+    const ECHO_REPLY: u8 = 0;
+    const ECHO_REQUEST: u8 = 8;
+    if packet.len() < HEADER + 8 || packet[0] != 0x45 || packet[9] != 1 || packet[HEADER] != ECHO_REPLY {
+        return false;
+    }
+    // The IPv4 header's checksum stays right.
+    let (source, destination) = packet[12..HEADER].split_at_mut(4);
+    source.swap_with_slice(destination);
+    packet[HEADER] = ECHO_REQUEST;
+    let (high, borrow) = packet[HEADER + 2].overflowing_sub(ECHO_REQUEST);
+    packet[HEADER + 2] = high;
+    // One's complement: what is borrowed comes from the other end.
+    if borrow {
+        let checksum = u16::from_be_bytes([packet[HEADER + 2], packet[HEADER + 3]]).wrapping_sub(1);
+        packet[HEADER + 2..HEADER + 4].copy_from_slice(&checksum.to_be_bytes());
+    }
+    true
+}
+
 /// The payload of a UDP packet over IP; `None` for any other packet.
 pub fn udp_payload(packet: &[u8]) -> Option<Vec<u8>> {
     match SlicedPacket::from_ip(packet).ok()?.transport? {
