@@ -26,7 +26,10 @@ fuzz_target!(|bytes: &[u8]| {
     let size = u16::from_ne_bytes([header[4], header[5]]);
     match VnetHdr::from_bytes(header).check(packet, link) {
         Ok(Meta::Gso(gso)) => {
-            assert_eq!((gso.size, gso.ecn), (size.max(gso.kind.size_min()), header[1] & 0x80 != 0));
+            assert_eq!(
+                (gso.size, gso.ecn),
+                (size.max(gso.kind.size_min()), header[1] & 0x80 != 0)
+            );
             let at = gso.headers;
             let tcp = gso.kind != GsoType::Udp;
             if at.payload > HEADERS_MAX {
