@@ -843,9 +843,15 @@ fn namespace_gone(backend: Backend) {
             let workers = engine.stats().workers;
             workers.iter().map(|worker| worker.counters.sleeps).sum()
         };
-        let before = sleeps();
-        thread::sleep(Duration::from_millis(20));
-        assert!(sleeps() <= before + 4, "the workers are woken again and again");
+        once_quiet(|| {
+            let before = sleeps();
+            thread::sleep(Duration::from_millis(20));
+            let more = sleeps() - before;
+            if more < 5 {
+                return Ok(());
+            }
+            Err(format!("the workers were woken {more} times"))
+        });
         assert!(engine.stop_within(Duration::from_secs(10)).is_clean());
     }
     assert_eq!(leaked_arenas(), 0);
