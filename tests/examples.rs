@@ -20,8 +20,6 @@ use tun_driver::{Backend, Worker, WorkerConfig};
 
 /// Bounds all waiting here. Below the runner's bound on a trial, so that what was started is ended by its trial.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// The examples' own end, should this process be killed before it can end them.
-const SECONDS: &str = "25";
 
 fn main() {
     let mut trials = vec![
@@ -98,7 +96,7 @@ fn refusal_in_words() {
     need_tun();
     let mut first = example("per_packet", &["taken0"]);
     first.line("created taken0");
-    let mut second = example("worker_loop", &["taken0", "--seconds", SECONDS]);
+    let mut second = example("worker_loop", &["taken0", "--seconds", &seconds()]);
     assert_eq!(second.wait().code(), Some(1));
     let errors = second.errors();
     assert!(
@@ -168,7 +166,7 @@ fn worker_loop(backend: Backend) {
     const DATAGRAMS: u64 = 300;
     let mut running = example(
         "worker_loop",
-        &["echo0", "--seconds", SECONDS, "--backend", option(backend)],
+        &["echo0", "--seconds", &seconds(), "--backend", option(backend)],
     );
     running.line("ready");
     for (own, far) in [
@@ -197,7 +195,7 @@ fn icmp_echo(backend: Backend) {
     need_program("ping", "iputils-ping");
     let mut running = example(
         "icmp_echo",
-        &["ping0", "--seconds", SECONDS, "--backend", option(backend)],
+        &["ping0", "--seconds", &seconds(), "--backend", option(backend)],
     );
     running.line("ready");
     let mut pings = 0;
@@ -251,7 +249,7 @@ fn icmp_echo_is_choosy(backend: Backend) {
     need_program("ping", "iputils-ping");
     let mut running = example(
         "icmp_echo",
-        &["ping0", "--seconds", SECONDS, "--backend", option(backend)],
+        &["ping0", "--seconds", &seconds(), "--backend", option(backend)],
     );
     running.line("ready");
     let output = run(Command::new("ping").args(["-c", "2", "-i", "0.2", "-W", "1", "-s", "3000", "198.18.2.2"]));
@@ -449,7 +447,7 @@ fn udp_tunnel_backpressure(backend: Backend) {
 
 /// A permanent error ends an example, with words, instead of being asked for again and again.
 fn end_with_device(backend: Backend) {
-    let options = ["--seconds", SECONDS, "--backend", option(backend)];
+    let options = ["--seconds", &seconds(), "--backend", option(backend)];
     let netlink = Handle::new().unwrap();
     let right = Namespace::new().unwrap();
     let netns = path_of(&right);
@@ -499,7 +497,7 @@ impl Pair {
                 "--keepalive-ms",
                 "50",
                 "--seconds",
-                SECONDS,
+                &seconds(),
                 "--backend",
                 option(backend),
             ];
@@ -600,7 +598,14 @@ fn gateway_ends(backend: Backend) {
 }
 
 fn start_gateway(right: &Namespace, backend: Backend) -> Process {
-    let options = [&path_of(right), "2", "--seconds", SECONDS, "--backend", option(backend)];
+    let options = [
+        &path_of(right),
+        "2",
+        "--seconds",
+        &seconds(),
+        "--backend",
+        option(backend),
+    ];
     let mut running = example("gateway", &options);
     running.line("ready");
     running
@@ -609,7 +614,7 @@ fn start_gateway(right: &Namespace, backend: Backend) -> Process {
 fn start_forward(right: &Namespace, backend: Backend) -> Process {
     let netns = path_of(right);
     let ends = ["left0", "right0", "198.18.3.1", "198.18.3.2", &netns];
-    let options = ["--seconds", SECONDS, "--backend", option(backend)];
+    let options = ["--seconds", &seconds(), "--backend", option(backend)];
     let mut running = example("forward", &[&ends[..], &options[..]].concat());
     running.line("ready");
     running
@@ -740,6 +745,11 @@ fn option(backend: Backend) -> &'static str {
         Backend::IoUring => "io_uring",
         Backend::Syscalls => "syscalls",
     }
+}
+
+/// The examples' own end, should this process be killed before it can end them.
+fn seconds() -> String {
+    (25 * common::slowness()).to_string()
 }
 
 fn ip(address: &str) -> IpAddr {

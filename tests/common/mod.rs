@@ -35,7 +35,7 @@ use std::net::{SocketAddr, UdpSocket};
 use std::panic::{self, AssertUnwindSafe};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -225,7 +225,10 @@ pub fn repeats(short: usize, long: usize) -> usize {
 
 /// How many times slower than usual this machine is taken to be.
 pub fn slowness() -> u32 {
-    env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS))
+    // Once, as it allocates, and one test counts allocations.
+    static TIMES: LazyLock<u32> =
+        LazyLock::new(|| env::var(SLOWNESS).map_or(1, |times| times.parse().expect(SLOWNESS)));
+    *TIMES
 }
 
 /// Receives, also where the process was stopped meanwhile: a call with a time-out is not resumed
