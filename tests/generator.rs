@@ -464,7 +464,7 @@ fn held_back() {
     // A way that is slower than what is sent, with more room in its queue than in the socket's buffer.
     let tc = Command::new("tc")
         .args(["qdisc", "add", "dev", "lo", "root", "tbf"])
-        .args(["rate", "40mbit", "burst", "16kb", "limit", "8mb"])
+        .args(["rate", "4mbit", "burst", "16kb", "limit", "8mb"])
         .output()
         .unwrap();
     if !tc.status.success() {
@@ -479,12 +479,14 @@ fn held_back() {
             ..config(1, 1_000_000, PACKETS)
         });
         assert_eq!((generated.sent, generated.unsent()), (PACKETS, 0), "{generated}");
-        // Unless it was slower itself, as on an emulated machine.
+        // Unless it was as slow itself, for which a busy machine must hold it up a thousand times as
+        // long as it takes: 576 kB pass in 1.1 s, of which the socket's buffer takes less than half.
         assert!(
-            generated.stalls > 0 || generated.cpu > Duration::from_millis(100),
-            "{generated:?}"
+            generated.stalls > 0 || generated.wall > Duration::from_secs(1),
+            "{generated}; it took {:?}",
+            generated.wall
         );
-        assert!(!generated.kept_rate(), "{generated:?}");
+        assert!(!generated.kept_rate(), "{generated}");
         let until = Until {
             packets: Some(PACKETS),
             time: Some(PATIENCE * common::slowness()),
@@ -495,8 +497,8 @@ fn held_back() {
         generated.tell(books.tracker_mut());
         books.summary().assert_all();
         // The last ones were due within a millisecond and waited for the others: that is in their latency, and it is at least what they took
-        // on the way: 16 kB of 576 kB at once, the rest at 5 MB/s.
-        assert!(books.latency().max() > 100_000_000, "{books}");
+        // on the way: 16 kB of 576 kB at once, the rest at 500 kB/s.
+        assert!(books.latency().max() > 1_000_000_000, "{books}");
     }
 }
 

@@ -11,7 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{again, need_tun, trial};
+use common::{again, await_address, need_tun, trial};
 use tun_driver::lab::packet::{self, Ethernet, Framing, Spec};
 use tun_driver::lab::{Catcher, Filler, Namespace, Sandbox, Sink, Tracker, monotonic_ns, process, sysctl};
 use tun_driver::netlink::{Handle, RequestError};
@@ -340,6 +340,9 @@ fn veth_between_namespaces() {
     there.set_up(far, true).unwrap();
     netlink.wait_running(near, Duration::from_secs(10)).unwrap();
     there.wait_running(far, Duration::from_secs(10)).unwrap();
+    // Until then its owner drops what comes.
+    await_address("[fd00::1]:0".parse().unwrap());
+    other.run(|| await_address("[fd00::2]:0".parse().unwrap())).unwrap();
     let near_mac = netlink.link(near).unwrap().mac.unwrap();
     let far_mac = there.link(far).unwrap().mac.unwrap();
     netlink.add_neighbour(near, ip("10.0.0.2"), far_mac).unwrap();
@@ -630,6 +633,7 @@ fn tun_to_catcher() {
     let netlink = Handle::new().unwrap();
     let tun = Iface::new("tun%d", Mode::Tun).unwrap();
     tun_up(&tun, &netlink);
+    await_address("[fd00::1]:0".parse().unwrap());
     for (source, target, least) in [
         ("10.0.0.2:4000", "10.0.0.1:5000", packet::MIN_IPV4),
         ("[fd00::2]:4000", "[fd00::1]:5000", packet::MIN_IPV6),
