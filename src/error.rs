@@ -231,6 +231,9 @@ impl PortError {
     }
 }
 
+/// The call by which a ring makes progress.
+pub(crate) const ENTER: &str = "io_uring_enter";
+
 /// What an errno of recvmmsg(2) or sendmmsg(2) is about.
 ///
 /// The kernel keeps an error that ICMP reports (`sk_err`, `udp_err` in net/ipv4/udp.c) and returns
@@ -287,6 +290,9 @@ impl fmt::Display for PortError {
                 "another holder of the device changed its virtio-net header or offloads, or made the descriptor blocking; this was set back, keep other programs from it"
             }
             PortErrorKind::NoBuffers => "no free buffer; give packets back or raise WorkerConfig::buffers",
+            PortErrorKind::Other if self.call == ENTER => {
+                "the kernel does not take what the ring asks, which passes if it is for want of memory; call again, or use Backend::Syscalls"
+            }
             PortErrorKind::Other => "unexpected error",
         };
         write!(

@@ -501,6 +501,12 @@ impl Queue {
         (changed != Changed::NOTHING).then_some(changed)
     }
 
+    /// Whether another holder of the device changed the size of its header. One request, which
+    /// waits for the same lock.
+    pub(crate) fn has_foreign_header(&self) -> bool {
+        self.info.vnet_hdr && tun::vnet_hdr_size(self.as_fd()).is_ok_and(|size| size != tun::VNET_HDR_SIZE_DEFAULT)
+    }
+
     /// Makes the descriptor non-blocking again if another holder of the same open file made it
     /// blocking. One call (F_GETFL) if not.
     #[inline]

@@ -43,12 +43,35 @@ fn main() {
     on_both(all, "a longer header is found by sending, TUN", sends_tun);
     on_both(all, "a longer header is found by sending alone, TAP", sends_tap);
     on_both(all, "rare frames with the right header are delivered", rare_frames);
+    on_both(all, RARE_FRAMES, rare_frames_mixed);
+    on_both(all, MANY_TYPES, many_types);
+    on_both(all, BAD_HEADERS, bad_headers);
+    on_both(all, NO_PACKETS, no_packets);
+    on_both(
+        all,
+        "a packet among others that are none finds the header changed",
+        packet_among_others,
+    );
     on_both(
         all,
         "rare frames of several types are asked about once each",
-        rare_frames_mixed,
+        |backend| asks_at_most(RARE_FRAMES, backend, 5),
     );
-    on_both(all, "what is no packet raises no suspicion when it is sent", no_packets);
+    on_both(
+        all,
+        "rare frames of many types are asked about once for each burst",
+        |backend| asks_at_most(MANY_TYPES, backend, 20),
+    );
+    on_both(
+        all,
+        "packets with bad headers are asked about once for each burst",
+        |backend| asks_at_most(BAD_HEADERS, backend, 20),
+    );
+    on_both(
+        all,
+        "what is no packet raises no suspicion when it is sent",
+        |backend| asks_at_most(NO_PACKETS, backend, 0),
+    );
     on_both(
         all,
         "offloads on a device without a header are set back by an engine",
@@ -81,6 +104,11 @@ fn main() {
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const BEYOND: [u8; 6] = [2, 0, 0, 0, 0, 8];
+
+const RARE_FRAMES: &str = "rare frames of several types are delivered";
+const MANY_TYPES: &str = "rare frames of many types are delivered in order";
+const BAD_HEADERS: &str = "packets with bad headers are dropped, counted and reported";
+const NO_PACKETS: &str = "what is no packet is refused";
 
 const TUN_F_CSUM: u64 = 1;
 const TUN_F_TSO4: u64 = 2;
@@ -337,30 +365,148 @@ fn sends_tap(backend: Backend) {
     assert_eq!(worker.counters(port).unwrap().set_back, 1);
 }
 
+/// Runs a trial of this file once more, and checks how often it asks the kernel for the size of a
+/// device's header: each time waits for the kernel's lock of all network settings.
+fn asks_at_most(name: &str, backend: Backend, most: usize) {
+    common::need_program("strace", "strace");
+    let word = match backend {
+        Backend::IoUring => "io_uring",
+        _ => "syscalls",
+    };
+    let output = std::process::Command::new("strace")
+        .args(["-f", "-e", "trace=ioctl"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", &format!("{name}: {word}")])
+        .output()
+        .unwrap();
+    let (said, trace) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    if trace.contains("ptrace(PTRACE") {
+        common::skip("strace may not trace here");
+    }
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{trace}");
+    let asked = trace.matches("TUNGETVNETHDRSZ").count();
+    assert!(asked <= most, "asked {asked} times");
+}
+
+/// A packet socket that sends through an interface what it is given, from the driver's header on
+/// where `vnet`.
+struct Sender {
+    socket: OwnedFd,
+    address: libc::sockaddr_ll,
+}
+
+impl Sender {
+    fn new(index: u32, vnet: bool) -> Self {
+        // SAFETY: no pointers but to an int, which outlives the call; the descriptor is new.
+        let socket = unsafe {
+            let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
+            assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+            let value = libc::c_int::from(vnet);
+            let size = size_of_val(&value) as u32;
+            let result = libc::setsockopt(
+                fd,
+                libc::SOL_PACKET,
+                libc::PACKET_VNET_HDR,
+                (&raw const value).cast(),
+                size,
+            );
+            assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+            OwnedFd::from_raw_fd(fd)
+        };
+        // SAFETY: all zero is a valid address.
+        let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        address.sll_family = libc::AF_PACKET as u16;
+        address.sll_protocol = (libc::ETH_P_IP as u16).to_be();
+        address.sll_ifindex = index as i32;
+        Self { socket, address }
+    }
+
+    fn send(&self, bytes: &[u8]) {
+        // SAFETY: bytes and address are readable for their lengths.
+        let sent = unsafe {
+            libc::sendto(
+                self.socket.as_raw_fd(),
+                bytes.as_ptr().cast(),
+                bytes.len(),
+                0,
+                (&raw const self.address).cast(),
+                size_of_val(&self.address) as u32,
+            )
+        };
+        assert_eq!(sent, bytes.len() as isize, "{}", std::io::Error::last_os_error());
+    }
+}
+
 /// Sends a frame through an interface as it is.
 fn send_frame(index: u32, frame: &[u8]) {
-    // SAFETY: no pointers; the descriptor is new.
-    let socket = unsafe {
-        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
-        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
-        OwnedFd::from_raw_fd(fd)
-    };
-    // SAFETY: all zero is a valid address.
-    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
-    address.sll_family = libc::AF_PACKET as u16;
-    address.sll_ifindex = index as i32;
-    // SAFETY: frame and address are readable for their lengths.
-    let sent = unsafe {
-        libc::sendto(
-            socket.as_raw_fd(),
-            frame.as_ptr().cast(),
-            frame.len(),
-            0,
-            (&raw const address).cast(),
-            size_of_val(&address) as u32,
-        )
-    };
-    assert_eq!(sent, frame.len() as isize, "{}", std::io::Error::last_os_error());
+    Sender::new(index, false).send(frame);
+}
+
+/// What the kernel hands over with a header that contradicts it: the checksum would lie inside the
+/// IP header.
+fn contradicted() -> Vec<u8> {
+    let mut packet = [
+        &[0x46, 0, 0, 132, 0, 1, 0x40, 0, 64, 17, 0, 0][..],
+        &[10, 0, 0, 1, 10, 0, 0, 2],
+    ]
+    .concat();
+    packet.extend([1; 112]);
+    let mut bytes = vec![1, 0, 0, 0, 0, 0];
+    bytes.extend(20_u16.to_ne_bytes());
+    bytes.extend(2_u16.to_ne_bytes());
+    bytes.extend(packet);
+    bytes
+}
+
+/// Whoever sends many of them does not make the worker ask for each.
+fn bad_headers(backend: Backend) {
+    const COUNT: u64 = 200;
+    let mut shared = Shared::new(Mode::Tun, 1, Offloads::CSUM);
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    let sender = Sender::new(shared.device.index(), true);
+    (0..COUNT).for_each(|_| sender.send(&contradicted()));
+    let (mut batch, end) = (Batch::with_capacity(64), soon());
+    let mut reports = 0;
+    while worker.counters(port).unwrap().bad_headers < COUNT {
+        assert!(!worker.wait(Some(end)).unwrap().timer, "they do not come");
+        match worker.try_recv_many(port, &mut batch) {
+            Ok(count) => assert_eq!(count, 0),
+            Err(error) => {
+                assert_eq!(error.kind(), PortErrorKind::BadPacket);
+                reports += 1;
+            }
+        }
+    }
+    assert!(reports > 0);
+    // One that is good still comes.
+    Offer::new().send(1);
+    while worker.recv_many(port, &mut batch).is_err() {}
+    assert_eq!(worker.counters(port).unwrap().set_back, 0);
+}
+
+/// More types than a port remembers, each frame of another one than that before.
+fn many_types(backend: Backend) {
+    let mut shared = Shared::new(Mode::Tap, 1, Offloads::CSUM);
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    let sender = Sender::new(shared.device.index(), false);
+    let frame = |number: u8| [&BEYOND[..], &MAC, &[0x77, number % 20], &[number; 100]].concat();
+    (0..200).for_each(|number| sender.send(&frame(number)));
+    let mut batch = Batch::with_capacity(64);
+    let mut next = 0;
+    while next < 200 {
+        receive(&mut worker, port, &mut batch, 1).unwrap();
+        for packet in batch.drain() {
+            assert_eq!(packet[..], frame(next));
+            next += 1;
+        }
+    }
+    let counters = worker.counters(port).unwrap();
+    assert_eq!((counters.bad_headers, counters.received_packets), (0, 200));
 }
 
 /// MPLS and LLDP stand in place as well, and so does what is no IP packet on TUN.
@@ -384,8 +530,7 @@ fn rare_frames(backend: Backend) {
     }
 }
 
-/// A port asks about a type of frame once, not for each: the kernel's answer may take long. That it
-/// asked shows in offloads, which it would set back.
+/// A port asks about a type of frame once, not for each: the kernel's answer may take long.
 fn rare_frames_mixed(backend: Backend) {
     let mut shared = Shared::new(Mode::Tap, 1, Offloads::CSUM);
     let mut worker = worker(backend);
@@ -400,36 +545,35 @@ fn rare_frames_mixed(backend: Backend) {
         frame([0x88, 0x64], &[7; 100]),
         frame([8, 0], &ip),
     ];
-    let mut pass = || {
-        for frame in &frames {
-            send_frame(shared.device.index(), frame);
-            receive(&mut worker, port, &mut batch, 1).unwrap();
-            assert_eq!(batch[0][..], frame[..]);
-            batch.clear();
-        }
-        worker.counters(port).unwrap().set_back
-    };
-    assert_eq!(pass(), 0);
-    set_offloads(&shared.other, TUN_F_CSUM | TUN_F_TSO4);
-    assert_eq!(pass(), 0, "it asked again");
-    send_frame(shared.device.index(), &frame([0x88, 0xe5], &[7; 100]));
-    receive(&mut worker, port, &mut batch, 1).ok();
-    assert_eq!(worker.counters(port).unwrap().set_back, 1, "a new type asks");
+    let new = frame([0x88, 0xe5], &[7; 100]);
+    for frame in std::iter::repeat_n(&frames, 10).flatten().chain([&new]) {
+        send_frame(shared.device.index(), frame);
+        receive(&mut worker, port, &mut batch, 1).unwrap();
+        assert_eq!(batch[0][..], frame[..]);
+        batch.clear();
+    }
+    assert_eq!(worker.counters(port).unwrap().bad_headers, 0);
 }
 
 /// What is no packet is refused for that, and raises no suspicion against the header's size.
 fn no_packets(backend: Backend) {
     let mut shared = Shared::new(Mode::Tun, 1, Offloads::CSUM);
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    for _ in 0..10 {
+        let mut batch = Batch::with_capacity(8);
+        (0..8).for_each(|_| batch.push(worker.packet_from(&[0x11; 100]).unwrap()).unwrap());
+        let sent = worker.send_many(port, &mut batch);
+        assert_eq!((sent.accepted, sent.refused), (0, 8), "{sent:?}");
+    }
+}
+
+/// One packet among others that are none is enough to find the header changed.
+fn packet_among_others(backend: Backend) {
+    let mut shared = Shared::new(Mode::Tun, 1, Offloads::CSUM);
     let spec = shared.outgoing();
     let mut worker = worker(backend);
     let port = worker.attach(shared.queues.remove(0)).unwrap();
-    set_offloads(&shared.other, TUN_F_CSUM | TUN_F_TSO4);
-    let mut batch = Batch::with_capacity(8);
-    (0..8).for_each(|_| batch.push(worker.packet_from(&[0x11; 100]).unwrap()).unwrap());
-    let sent = worker.send_many(port, &mut batch);
-    assert_eq!((sent.accepted, sent.refused), (0, 8), "{sent:?}");
-    assert_eq!(worker.counters(port).unwrap().set_back, 0, "it asked");
-    // One that is a packet does, among others that are none.
     set_header(&shared.other, 12);
     let mut batch = Batch::with_capacity(8);
     batch.push(worker.packet_from(&[0x11; 100]).unwrap()).unwrap();

@@ -931,6 +931,94 @@ fn more_ports_than_the_submission_queue_has_room_for_are_served_while_the_kernel
     rig.end(());
 }
 
+/// A worker with so many ports that arming them fills the submission queue.
+fn with_many_ports() -> Rig {
+    let mut rig = Rig::with_reserve(1, 7, 1);
+    for _ in 0..200 {
+        let socket = UdpSocket::bind("127.0.0.1:0").expect("a socket");
+        rig.worker.attach(socket).expect("a port");
+    }
+    rig
+}
+
+// T3, T15
+#[test]
+fn a_wait_that_finds_no_room_for_all_ports_ends_in_time_while_the_ring_is_refused() {
+    if !ready() {
+        return;
+    }
+    let mut rig = with_many_ports();
+    rig.state().refusals = (u32::MAX, libc::EAGAIN);
+    // Each refusal is followed by a pause, so tries stand for time.
+    assert!(rig.worker.wait(Some(Instant::now())).unwrap().timer);
+    let tries = rig.state().refused;
+    assert!(tries <= 4, "{tries}");
+    rig.state().refusals = (0, 0);
+    rig.end(());
+}
+
+// T3
+#[test]
+fn a_wake_up_ends_a_receive_while_the_ring_is_refused() {
+    if !ready() {
+        return;
+    }
+    for armed in [false, true] {
+        let mut rig = with_many_ports();
+        let port = rig.ports[0];
+        if armed {
+            rig.worker.wait(Some(Instant::now())).unwrap();
+        }
+        {
+            let mut state = rig.state();
+            state.refusals = (u32::MAX, libc::EAGAIN);
+            // Completions are due, which only an entry brings.
+            state.memory.flag(IORING_SQ_TASKRUN, true);
+        }
+        let mut batch = Batch::with_capacity(4);
+        assert!(rig.worker.try_recv_many(port, &mut batch).is_err());
+        let before = rig.state().refused;
+        rig.worker.waker().wake();
+        assert_eq!(rig.worker.recv_many(port, &mut batch), Ok(0));
+        let tries = rig.state().refused - before;
+        assert!(tries <= 4, "{tries}");
+        rig.state().refusals = (0, 0);
+        rig.end(batch);
+    }
+}
+
+// T3
+#[test]
+fn what_a_full_ring_does_not_take_stays_with_the_true_cause() {
+    if !ready() {
+        return;
+    }
+    let mut rig = with_many_ports();
+    let port = rig.ports[0];
+    // Half of the submission queue is taken by what is to be armed, and stays so.
+    let mut batch = Batch::with_capacity(64);
+    for number in 0..64 {
+        batch.push(rig.worker.packet_from(&packet(number)).unwrap()).unwrap();
+    }
+    let Imp::Ring(ring) = &mut rig.worker.backend else {
+        unreachable!("forced")
+    };
+    for index in 1..100 {
+        ring.arm(&mut rig.worker.cx, &mut rig.worker.ports, index, None);
+    }
+    rig.state().refusals = (u32::MAX, libc::EAGAIN);
+    let sent = rig.worker.send_many(port, &mut batch);
+    assert_eq!((sent.accepted, sent.refused, batch.len()), (0, 0, 64));
+    let error = sent.stopped.expect("a cause");
+    assert_eq!((error.call(), error.raw_os_error()), ("io_uring_enter", libc::EAGAIN));
+    assert_eq!(error.kind(), PortErrorKind::Other);
+    assert!(error.to_string().contains("use Backend::Syscalls"), "{error}");
+    // Nothing of it was lost or left with the kernel.
+    rig.state().refusals = (0, 0);
+    assert_eq!(rig.worker.send_many(port, &mut batch).accepted, 64);
+    rig.end(batch);
+}
+
 // T1, T24
 #[test]
 fn a_worker_that_was_stopped_while_it_ended_leaks_nothing() {

@@ -73,14 +73,22 @@ pub(super) trait Writer {
     /// Performs all writes of the outbox in order, and puts down their results. What is behind one that stands in the way of others is ECANCELED.
     ///
     /// # Errors
-    /// The kernel may still read what was to be written.
+    /// There are no results.
     fn perform(
         &mut self,
         cx: &mut Context,
         ports: &mut Ports,
         index: usize,
         outbox: &mut Outbox,
-    ) -> Result<(), PortError>;
+    ) -> Result<(), Unperformed>;
+}
+
+/// Why writes have no results.
+pub(super) enum Unperformed {
+    /// None of them was begun.
+    Refused(PortError),
+    /// The kernel may still read what was to be written.
+    Lost(PortError),
 }
 
 /// What a port of a device with offloads does with superpackets. All on by default.
@@ -452,8 +460,14 @@ fn run(
         Some(limits) => outbox.merge(&cx.arena, &port.outgoing, limits, &mut batch[..count]),
         None => outbox.list(&cx.arena, &port.outgoing, &mut batch[..count.min(LONGEST as usize)]),
     }
-    if let Err(error) = writer.perform(cx, ports, index, outbox) {
-        outbox.keep_for_ever(batch);
+    if let Err(unperformed) = writer.perform(cx, ports, index, outbox) {
+        let error = match unperformed {
+            Unperformed::Refused(error) => error,
+            Unperformed::Lost(error) => {
+                outbox.keep_for_ever(batch);
+                error
+            }
+        };
         return Sent {
             stopped: Some(error),
             ..Sent::default()
@@ -494,7 +508,7 @@ fn run(
     let is_refused = refused.is_some()
         || sent.refusal.is_some_and(|error| error.raw_os_error() == libc::EINVAL)
             && (0..results.len()).any(|place| results[place] == -libc::EINVAL && is_suspect(place));
-    let restored = is_refused && port.outgoing.vnet && port.restore();
+    let restored = is_refused && port.restore_header();
     for (write, &result) in writes.iter().zip(results) {
         let Some(kind) = write.kind else { continue };
         if result >= 0 {

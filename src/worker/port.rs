@@ -164,6 +164,9 @@ struct Received {
     slot: u32,
     len: u32,
     shape: Shape,
+    /// It does not stand in place, and is delivered only if the kernel says that the header has our
+    /// size.
+    held: bool,
 }
 
 /// What became of a read's result.
@@ -174,6 +177,8 @@ pub(super) enum Delivery {
     Packet(u32),
     /// Its header contradicted it.
     Dropped,
+    /// It is in the inbox.
+    Held,
 }
 
 /// How far it is known that the device's header has the size that is counted with.
@@ -188,6 +193,13 @@ struct HeaderPlace {
     /// Uncommon types of frames that stood in place when the kernel was asked, the latest first: a
     /// bridge may mix some, and the kernel cannot be asked for each frame.
     known_types: [Option<u16>; 4],
+    /// Packets that were read since the kernel was asked last, and that it is to be asked about:
+    /// once for all of them, as a sender of bad packets must not make this thread ask for each.
+    in_doubt: u32,
+    /// What was dropped meanwhile, to be reported if the header has our size.
+    bad: Option<PortError>,
+    /// Reads that had no room for the header.
+    unreadable: u64,
 }
 
 pub(super) struct Port {
@@ -332,6 +344,7 @@ impl Port {
     pub(super) fn is_ready(&self) -> bool {
         !self.inbox.is_empty()
             || self.notice.is_some()
+            || self.is_in_doubt()
             || match (&self.gone, &self.endpoint) {
                 // What was found readable before cannot be read any more, and must not keep the
                 // worker awake.
@@ -369,6 +382,7 @@ impl Port {
             slot,
             len,
             shape: Shape::Plain,
+            held: false,
         };
         if !self.outgoing.vnet {
             return Some(plain);
@@ -381,7 +395,7 @@ impl Port {
         // SAFETY: the slot is checked out for this read, which ended with `len` bytes at `read_at`; nobody else has a view of it yet.
         let bytes = unsafe { std::slice::from_raw_parts(arena.address(slot, self.read_at).as_ptr(), len as usize) };
         let link = self.outgoing.link;
-        let shape = bytes
+        let examined = bytes
             .split_first_chunk::<{ VnetHdr::LEN }>()
             .and_then(|(header, packet)| {
                 let header = VnetHdr::from_bytes(*header);
@@ -393,17 +407,18 @@ impl Port {
                 };
                 // The headers of a superpacket were found where they should be.
                 let in_place = shape.is_gso() || vnet::stands_in_place(packet, link);
-                (in_place || !packet.is_empty() && !self.is_stray(packet)).then_some(shape)
+                if in_place {
+                    return Some((shape, false));
+                }
+                (!packet.is_empty() && !self.is_stray(packet)).then(|| (shape, !self.is_known(packet)))
             });
-        let Some(shape) = shape else {
+        let Some((shape, held)) = examined else {
             arena.release(slot);
             self.tally.bad_headers.add(1);
-            if !self.restore() {
-                self.notice
-                    .get_or_insert(PortError::new(PortErrorKind::BadPacket, "read", libc::EBADMSG));
-            }
+            self.doubt(PortError::new(PortErrorKind::BadPacket, "read", libc::EBADMSG));
             return None;
         };
+        self.place.in_doubt += u32::from(held);
         let len = len - VnetHdr::LEN as u32;
         self.heavy = shape.is_gso();
         if shape.is_gso() {
@@ -414,39 +429,98 @@ impl Port {
         } else {
             slot
         };
-        Some(Received { slot, len, shape })
+        Some(Received { slot, len, shape, held })
     }
 
-    /// Whether a packet that does not stand in place was read with a header of another size than
-    /// ours; else it is a rare one, and right.
+    /// Whether a packet that does not stand in place was surely read with a header of another size
+    /// than ours.
     #[cold]
     fn is_stray(&mut self, packet: &[u8]) -> bool {
-        let link = self.outgoing.link;
         // This queue or another one of the device may have found out before, with reads under way.
+        self.heed_restored();
+        let stray = self.place.strays > 0 && vnet::stands_further_on(packet, self.outgoing.link);
+        self.place.strays -= u32::from(stray);
+        stray
+    }
+
+    /// Looks whether a queue of the device set the header back since this one looked last. Returns
+    /// whether that was so.
+    fn heed_restored(&mut self) -> bool {
         let restored = match &self.endpoint {
             Endpoint::Queue(queue) => queue.headers_restored(),
             _ => 0,
         };
-        if restored != self.place.restored {
+        let news = restored != self.place.restored;
+        if news {
             self.place.restored = restored;
             self.place.strays = LONGEST + 1;
         }
-        if self.place.strays > 0 && vnet::stands_further_on(packet, link) {
-            self.place.strays -= 1;
-            return true;
+        news
+    }
+
+    /// Whether frames of this type stood in place when the kernel was asked.
+    fn is_known(&self, packet: &[u8]) -> bool {
+        let ether_type = self.rare_type(packet);
+        ether_type.is_some() && self.place.known_types.contains(&ether_type)
+    }
+
+    fn rare_type(&self, packet: &[u8]) -> Option<u16> {
+        vnet::rare_type(packet).filter(|_| self.outgoing.link == Link::Ethernet)
+    }
+
+    /// Something was dropped for `error`, unless another holder of the device is to blame.
+    #[cold]
+    fn doubt(&mut self, error: PortError) {
+        self.place.in_doubt += 1;
+        self.place.bad.get_or_insert(error);
+    }
+
+    /// Asks the kernel about all that was read since it was asked last, and lets go of what it holds
+    /// back. All these reads are over, so one answer is about each of them.
+    #[cold]
+    fn resolve(&mut self, arena: &Arena) {
+        self.place.in_doubt = 0;
+        let bad = self.place.bad.take();
+        let unreadable = std::mem::take(&mut self.place.unreadable);
+        let changed = self.restore_header();
+        // If another queue was first, the kernel has nothing wrong to say any more.
+        let late = self.heed_restored() && !changed;
+        let mut inbox = std::mem::take(&mut self.inbox);
+        inbox.retain_mut(|received| {
+            if !std::mem::take(&mut received.held) {
+                return true;
+            }
+            let at = arena.config().data_offset() as u32;
+            // SAFETY: the slot is checked out for this packet of `len` bytes, and nothing else has a
+            // view of it while it lies in the inbox.
+            let packet =
+                unsafe { std::slice::from_raw_parts(arena.address(received.slot, at).as_ptr(), received.len as usize) };
+            if changed || late && self.is_stray(packet) {
+                arena.release(received.slot);
+                self.tally.bad_headers.add(1);
+                return false;
+            }
+            let ether_type = self.rare_type(packet);
+            if ether_type.is_some() && !self.place.known_types.contains(&ether_type) {
+                self.place.known_types.rotate_right(1);
+                self.place.known_types[0] = ether_type;
+            }
+            true
+        });
+        self.inbox = inbox;
+        if changed {
+            self.tally.bad_headers.add(unreadable);
+        } else if let Some(error) = bad {
+            self.notice.get_or_insert(error);
         }
-        let ether_type = vnet::rare_type(packet).filter(|_| link == Link::Ethernet);
-        if ether_type.is_some() && self.place.known_types.contains(&ether_type) {
-            return false;
-        }
-        if self.restore() {
-            return true;
-        }
-        if ether_type.is_some() {
-            self.place.known_types.rotate_right(1);
-            self.place.known_types[0] = ether_type;
-        }
-        false
+    }
+
+    /// Asks the kernel for the header's size alone, and only if that is not ours, for all that
+    /// another holder may have changed; sets it back. Returns whether that was so.
+    #[cold]
+    pub(super) fn restore_header(&mut self) -> bool {
+        self.place.unproved = 0;
+        matches!(&self.endpoint, Endpoint::Queue(queue) if queue.has_foreign_header()) && self.restore()
     }
 
     /// Asks the kernel whether another holder of the device changed its header or its offloads, and
@@ -521,7 +595,12 @@ impl Port {
             return Delivery::Nothing;
         }
         match self.examine(arena, slot, result as u32) {
-            Some(Received { slot, len, shape }) => {
+            // What comes after it lines up there as well, so the order stays.
+            Some(received) if received.held => {
+                self.inbox.push_back(received);
+                Delivery::Held
+            }
+            Some(Received { slot, len, shape, .. }) => {
                 // Cannot fail: the batch has room.
                 let _ = batch.push(PacketBuf::shaped(arena, slot, len, shape));
                 Delivery::Packet(len)
@@ -563,7 +642,10 @@ impl Port {
             libc::EAGAIN => self.tally.empty_asks.add(1),
             libc::EINTR | libc::ECANCELED => {}
             // No room for the header that the kernel wants to put in front.
-            libc::EINVAL if self.outgoing.vnet && self.restore() => self.tally.bad_headers.add(1),
+            libc::EINVAL if self.outgoing.vnet => {
+                self.place.unreadable += 1;
+                self.doubt(self.error(call, errno));
+            }
             _ => {
                 let error = self.error(call, errno);
                 if error.is_permanent() {
@@ -593,9 +675,12 @@ impl Port {
     /// Moves what lies in the inbox into the batch, as far as it goes.
     #[inline]
     pub(super) fn hand_over(&mut self, arena: &Rc<Arena>, batch: &mut Batch) {
+        if self.is_in_doubt() {
+            self.resolve(arena);
+        }
         let (mut packets, mut bytes) = (0, 0);
         while !batch.is_full() {
-            let Some(Received { slot, len, shape }) = self.inbox.pop_front() else {
+            let Some(Received { slot, len, shape, .. }) = self.inbox.pop_front() else {
                 break;
             };
             packets += 1;
@@ -629,6 +714,24 @@ impl Port {
     /// Whether a receive that has nothing yet should end all the same.
     pub(super) fn has_news(&self) -> bool {
         self.notice.is_some() || self.gone.is_some()
+    }
+
+    /// Whether the kernel is to be asked about what was read.
+    #[inline]
+    pub(super) fn is_in_doubt(&self) -> bool {
+        self.place.in_doubt > 0
+    }
+
+    /// Whether what lies in the inbox should wait there for what comes behind it, so that the kernel
+    /// is asked about all of it at once. Not for long: a flood must not keep the worker here.
+    #[inline]
+    pub(super) fn holds_back(&self) -> bool {
+        self.is_in_doubt() && self.place.in_doubt < LONGEST && self.inbox.len() < LONGEST as usize
+    }
+
+    /// Whether what lies in the inbox fills the batch.
+    pub(super) fn fills(&self, batch: &Batch) -> bool {
+        batch.room() <= self.inbox.len()
     }
 
     /// Why nothing can be sent any more.

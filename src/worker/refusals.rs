@@ -36,7 +36,13 @@ impl Writer for Kernel {
         None
     }
 
-    fn perform(&mut self, _: &mut Context, _: &mut Ports, _: usize, outbox: &mut Outbox) -> Result<(), PortError> {
+    fn perform(
+        &mut self,
+        _: &mut Context,
+        _: &mut Ports,
+        _: usize,
+        outbox: &mut Outbox,
+    ) -> Result<(), outgoing::Unperformed> {
         let mut over = false;
         for (write, result) in outbox.writes.iter().zip(&mut outbox.results) {
             let mood = self.moods.next().unwrap_or(Mood::Takes);

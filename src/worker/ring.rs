@@ -20,11 +20,11 @@ use io_uring::{IoUring, Probe, opcode};
 use super::Context;
 use super::burst::{LONGEST, SUPERPACKETS};
 use super::config::{MOST_PORTS, RING_COMPLETIONS, RING_ENTRIES, Wait};
-use super::outgoing::{Outbox, Writer};
+use super::outgoing::{Outbox, Unperformed, Writer};
 use super::port::{Delivery, POLLED, Port, Ports};
 use super::{handoff, udp};
 use crate::buf::{Batch, SizeClass};
-use crate::error::{OpenError, OpenErrorKind, PortError, PortErrorKind};
+use crate::error::{ENTER, OpenError, OpenErrorKind, PortError, PortErrorKind};
 use crate::sys::forked::Origin;
 use crate::sys::uring::RingHandle;
 use crate::sys::{host, tun};
@@ -86,6 +86,11 @@ enum Bound {
 impl Bound {
     /// One try: what follows tries again.
     const NOW: Self = Self::Wait(Some(Duration::ZERO));
+
+    /// A wait that is over at the deadline, if there is one.
+    fn until(deadline: Option<Instant>) -> Self {
+        Self::Wait(deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())))
+    }
 }
 
 /// What is in flight.
@@ -192,7 +197,7 @@ pub(super) fn lacks() -> Result<(), String> {
 
 impl Writer for RingBackend {
     fn fault(&mut self, cx: &Context) -> Option<PortError> {
-        self.is_open(cx);
+        self.is_open(cx, Bound::Call);
         self.error()
     }
 
@@ -202,17 +207,16 @@ impl Writer for RingBackend {
         ports: &mut Ports,
         index: usize,
         outbox: &mut Outbox,
-    ) -> Result<(), PortError> {
+    ) -> Result<(), Unperformed> {
         let port = ports.at(index);
         let (file, count) = (Fixed(index as u32 + 1), outbox.writes.len());
         // Two parts of a chain that are submitted one by one do not wait for each other.
         if self.room() < count {
             self.enter(cx, 0, false, Bound::Call);
             if self.room() < count {
-                // Nothing was pushed, so nothing is lost; the next call says what the kernel says.
-                outbox.results[..count].fill(-libc::ECANCELED);
-                outbox.results[0] = -libc::EAGAIN;
-                return Ok(());
+                // Nothing was pushed, so nothing is lost. What is full is no receiver but the ring.
+                let error = self.error().unwrap_or_else(|| enter_error(libc::EAGAIN));
+                return Err(Unperformed::Refused(error));
             }
         }
         let mut linked = port.linked;
@@ -246,7 +250,7 @@ impl Writer for RingBackend {
             let entry = entry
                 .flags(link)
                 .user_data(Tag::of(Tag::WRITE, port.id.index, place as u32));
-            let pushed = self.push(cx, &entry);
+            let pushed = self.push(cx, &entry, || Bound::Call);
             debug_assert!(pushed, "there is room for all of them");
         }
         port.tally.system_calls.add(1);
@@ -261,7 +265,7 @@ impl Writer for RingBackend {
         outbox.results[..count].copy_from_slice(&self.books.results[..count]);
         match self.broken {
             // A ring that broke after the last completion came: nothing of these is in flight.
-            Some(errno) if self.books.sending > 0 => Err(enter_error(errno)),
+            Some(errno) if self.books.sending > 0 => Err(Unperformed::Lost(enter_error(errno))),
             _ => Ok(()),
         }
     }
@@ -403,7 +407,7 @@ impl RingBackend {
             .rw_flags(libc::RWF_NOWAIT)
             .build()
             .user_data(Tag::of(Tag::CHECK, index as u16, self.books.checks));
-        let pushed = self.push(cx, &entry);
+        let pushed = self.push(cx, &entry, || Bound::Call);
         while pushed && self.books.checked.is_none() {
             self.enter(cx, 1, true, Bound::Call);
             self.reap(cx, ports);
@@ -504,21 +508,26 @@ impl RingBackend {
         let before = batch.len();
         ports.at(index).more = false;
         let mut paused = false;
+        // A wake-up ends this call also while the ring is refused, unless it only looks.
+        let bound = if block { Bound::Wait(None) } else { Bound::Call };
         loop {
             let port = ports.at(index);
-            port.hand_over(&cx.arena, batch);
+            if !port.holds_back() {
+                port.hand_over(&cx.arena, batch);
+            }
             let got = batch.len() - before;
             if batch.is_full() {
                 port.more = true;
                 return port.conclude(got);
             }
             if port.is_gone() {
-                return port.conclude(got);
+                port.hand_over(&cx.arena, batch);
+                return port.conclude(batch.len() - before);
             }
             if port.armed {
                 // An armed read that has not stirred says that the port is empty, for nothing.
                 if self.task_work_is_due() || self.refusal.is_some() {
-                    self.enter(cx, 0, true, Bound::Call);
+                    self.enter(cx, 0, true, bound);
                 }
                 if self.reap(cx, ports) > 0 {
                     continue;
@@ -527,8 +536,12 @@ impl RingBackend {
                 udp::receive(cx, port, batch);
             } else if port.is_handoff() {
                 handoff::receive(&cx.arena, port, batch);
-            } else if !port.has_news() && self.ask(cx, ports, index, batch, got > 0, block && !paused) {
-                continue;
+            } else if !port.has_news() {
+                // What is in doubt came alone only if nothing lies behind it.
+                let may_wait = block && !paused && !port.is_in_doubt();
+                if self.ask(cx, ports, index, batch, got > 0, may_wait, bound) {
+                    continue;
+                }
             }
             let port = ports.at(index);
             port.hand_over(&cx.arena, batch);
@@ -551,11 +564,11 @@ impl RingBackend {
             }
             paused = false;
             if self.refusal.is_none() {
-                if !self.arm(cx, ports, index) {
+                if !self.arm(cx, ports, index, None) {
                     ports.at(index).starved();
                     continue;
                 }
-                self.arm_doorbell(cx);
+                self.arm_doorbell(cx, None);
             }
             if self.refusal.is_some() {
                 // How long is looked at above.
@@ -567,6 +580,7 @@ impl RingBackend {
     }
 
     /// Asks a queue for a burst. Returns whether another look is worth while: something came, and there may be more.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a worker, borrowed one by one")]
     fn ask(
         &mut self,
         cx: &mut Context,
@@ -575,6 +589,7 @@ impl RingBackend {
         batch: &mut Batch,
         in_hand: bool,
         block: bool,
+        bound: Bound,
     ) -> bool {
         let port = ports.at(index);
         let next = if std::mem::take(&mut port.gathered) {
@@ -587,7 +602,7 @@ impl RingBackend {
         };
         port.readable = false;
         // No more is pushed onto what the kernel does not take.
-        if next == 0 || !self.is_open(cx) {
+        if next == 0 || !self.is_open(cx, bound) {
             return false;
         }
         let longest = if port.heavy { SUPERPACKETS } else { LONGEST };
@@ -598,7 +613,8 @@ impl RingBackend {
             && let Some(slot) = cx.arena.check_out(port.account, port.class)
         {
             let entry = self.read_entry(cx, port, slot, libc::RWF_NOWAIT);
-            if !self.push(cx, &entry.user_data(Tag::of(Tag::BURST, port.id.index, slot))) {
+            let entry = entry.user_data(Tag::of(Tag::BURST, port.id.index, slot));
+            if !self.push(cx, &entry, || bound) {
                 cx.arena.release(slot);
                 break;
             }
@@ -611,14 +627,15 @@ impl RingBackend {
             return false;
         }
         port.tally.system_calls.add(1);
-        self.enter(cx, 0, false, Bound::Call);
+        self.enter(cx, 0, false, bound);
         let got = self.reap_burst(cx, ports, index, batch);
         ports.at(index).burst.answered(asked, got);
         got == asked
     }
 
-    /// Arms one read (queue) or poll (socket, and a busy queue). `false` if there is no buffer for it.
-    fn arm(&mut self, cx: &mut Context, ports: &mut Ports, index: usize) -> bool {
+    /// Arms one read (queue) or poll (socket, and a busy queue), for a wait until the deadline.
+    /// `false` if there is no buffer for it.
+    pub(super) fn arm(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, deadline: Option<Instant>) -> bool {
         let port = ports.at(index);
         if port.armed || port.is_gone() {
             return true;
@@ -641,17 +658,18 @@ impl RingBackend {
             self.read_entry(cx, port, slot, 0)
                 .user_data(Tag::of(Tag::ARMED, port.id.index, slot))
         };
-        port.armed = self.push(cx, &entry);
+        port.armed = self.push(cx, &entry, || Bound::until(deadline));
         if !port.armed && entry.get_user_data() >> 48 == Tag::ARMED >> 48 {
             cx.arena.release(Tag(entry.get_user_data()).value());
         }
         true
     }
 
-    fn arm_doorbell(&mut self, cx: &Context) {
+    fn arm_doorbell(&mut self, cx: &Context, deadline: Option<Instant>) {
         if !self.books.doorbell_armed {
             let entry = opcode::PollAdd::new(Fixed(DOORBELL), libc::POLLIN as u32).build();
-            self.books.doorbell_armed = self.push(cx, &entry.user_data(Tag::DOORBELL));
+            let entry = entry.user_data(Tag::DOORBELL);
+            self.books.doorbell_armed = self.push(cx, &entry, || Bound::until(deadline));
         }
     }
 
@@ -690,17 +708,17 @@ impl RingBackend {
         }
         let mut starved = false;
         for index in 0..ports.len() {
-            if ports.exists(index) && !self.arm(cx, ports, index) {
+            if ports.exists(index) && !self.arm(cx, ports, index, deadline) {
                 ports.at(index).tally.no_buffers.add(1);
                 starved = true;
             }
         }
-        self.arm_doorbell(cx);
+        self.arm_doorbell(cx, deadline);
         if starved {
             cx.arena.announce_hunger();
             // What came back until now rang no doorbell.
             for index in 0..ports.len() {
-                let _ = ports.exists(index) && self.arm(cx, ports, index);
+                let _ = ports.exists(index) && self.arm(cx, ports, index, deadline);
             }
         }
         if self.refusal.is_some() {
@@ -712,8 +730,7 @@ impl RingBackend {
 
     /// Tries to enter a ring that was refused. Not all ports are armed, so it does not sleep there.
     fn try_again(&mut self, cx: &mut Context, ports: &mut Ports, deadline: Option<Instant>) -> io::Result<()> {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        self.enter(cx, 0, true, Bound::Wait(left));
+        self.enter(cx, 0, true, Bound::until(deadline));
         self.reap(cx, ports);
         self.health()
     }
@@ -731,9 +748,10 @@ impl RingBackend {
 
     /// Sleeps for a set time, so that packets gather on the ports that were busy; these are looked at again then. Only the time ends it.
     fn pause(&mut self, cx: &mut Context, ports: &mut Ports, pause: Duration) {
+        let end = Instant::now() + pause;
         for index in 0..ports.len() {
             if ports.exists(index) && !ports.at(index).recent {
-                let _ = self.arm(cx, ports, index);
+                let _ = self.arm(cx, ports, index, Some(end));
             }
         }
         cx.books.worker.lingers.add(1);
@@ -817,13 +835,13 @@ impl RingBackend {
     }
 
     /// Queues an entry. The ring owns what it points to until its completion is reaped. `false` if
-    /// there is no room and the kernel does not make any: the entry was not queued.
+    /// there is no room and the kernel does not make any within the bound: the entry was not queued.
     #[inline]
     #[must_use]
-    fn push(&mut self, cx: &Context, entry: &Entry) -> bool {
+    fn push(&mut self, cx: &Context, entry: &Entry, bound: impl FnOnce() -> Bound) -> bool {
         // SAFETY: slots are checked out and stay so until `reap` sees the completion; packets of a batch are kept by `send` until then;
         // registered files are kept open until they are unregistered.
-        if unsafe { self.ring.submission().push(entry) }.is_err() && !self.push_full(cx, entry) {
+        if unsafe { self.ring.submission().push(entry) }.is_err() && !self.push_full(cx, entry, bound()) {
             return false;
         }
         self.books.outstanding += 1;
@@ -833,10 +851,10 @@ impl RingBackend {
     /// Queues an entry in a submission queue that is full. `false` if there is no room to be had.
     #[cold]
     #[inline(never)]
-    fn push_full(&mut self, cx: &Context, entry: &Entry) -> bool {
+    fn push_full(&mut self, cx: &Context, entry: &Entry, bound: Bound) -> bool {
         // Not where that was just refused: each port would wait for itself.
         if self.refusal.is_none() {
-            self.enter(cx, 0, false, Bound::Call);
+            self.enter(cx, 0, false, bound);
         }
         // SAFETY: as in `push`.
         unsafe { self.ring.submission().push(entry) }.is_ok()
@@ -956,9 +974,9 @@ impl RingBackend {
     }
 
     /// Whether the ring can be entered; one that was refused is tried again.
-    fn is_open(&mut self, cx: &Context) -> bool {
+    fn is_open(&mut self, cx: &Context, bound: Bound) -> bool {
         if self.refusal.is_some() {
-            self.enter(cx, 0, false, Bound::Call);
+            self.enter(cx, 0, false, bound);
         }
         self.broken.is_none() && self.refusal.is_none()
     }
@@ -1000,7 +1018,7 @@ impl RingBackend {
                     packets += 1;
                     bytes += u64::from(len);
                 }
-                Delivery::Dropped => {
+                Delivery::Dropped | Delivery::Held => {
                     self.books.outstanding -= 1;
                     got += 1;
                 }
@@ -1120,7 +1138,7 @@ fn permitted<T>(call: &'static str, result: io::Result<T>) -> Result<(), OpenErr
 }
 
 fn enter_error(errno: i32) -> PortError {
-    PortError::new(PortErrorKind::Other, "io_uring_enter", errno)
+    PortError::new(PortErrorKind::Other, ENTER, errno)
 }
 
 fn call_error(call: &'static str, error: &io::Error) -> OpenError {

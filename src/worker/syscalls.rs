@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use super::Context;
+use super::burst::LONGEST;
 use super::config::Wait;
-use super::outgoing::{Outbox, Writer};
-use super::port::{POLLED, Ports};
+use super::outgoing::{Outbox, Unperformed, Writer};
+use super::port::{POLLED, Port, Ports};
 use super::{handoff, udp};
 use crate::buf::Batch;
 use crate::error::PortError;
@@ -35,7 +36,7 @@ impl Writer for SyscallBackend {
         ports: &mut Ports,
         index: usize,
         outbox: &mut Outbox,
-    ) -> Result<(), PortError> {
+    ) -> Result<(), Unperformed> {
         let port = ports.at(index);
         if port.linked {
             // Where back-pressure is to be expected, a write could wait for room.
@@ -240,11 +241,23 @@ fn pause_for(cx: &Context, ports: &mut Ports, pause: Duration) {
     ports.paused(&cx.arena);
 }
 
-/// read(2) until the queue is empty or the batch full.
+/// Receives until the queue is empty or the batch full.
 fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) {
     let port = ports.at(index);
     port.assure_nonblocking();
-    while !batch.is_full() && !port.is_gone() {
+    read_some(cx, port, batch);
+    // What the kernel is to be asked about first, once for all.
+    port.hand_over(&cx.arena, batch);
+}
+
+/// read(2) until the queue is empty or there is enough for the batch. Some may lie in the inbox.
+fn read_some(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
+    // A flood of packets that are dropped does not fill the batch, and must not keep the worker.
+    let mut drops = LONGEST;
+    while !port.fills(batch) && drops > 0 {
+        if port.is_gone() {
+            return;
+        }
         if cx.arena.available(port.account, port.class, 1) == 0 {
             return port.starved();
         }
@@ -259,11 +272,15 @@ fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &m
             Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         };
         if port.read_ended(&cx.arena, slot, result) {
-            port.hand_over(&cx.arena, batch);
-        } else if result != -libc::EINTR && result <= 0 {
+            if !port.holds_back() {
+                port.hand_over(&cx.arena, batch);
+            }
+        } else if result > 0 || result == -libc::EINTR || result == -libc::EINVAL && port.is_in_doubt() {
+            drops -= 1;
+        } else {
             port.readable = false;
             return;
         }
     }
-    port.more = batch.is_full();
+    port.more = true;
 }
