@@ -259,7 +259,9 @@ impl Builder {
             None => self.open_here(None),
             Some(netns) => {
                 let file = netns.file()?;
-                let entrance = file.try_clone().map_err(|error| attach::os_error("dup", &error))?;
+                let entrance = file
+                    .try_clone()
+                    .map_err(|error| attach::os_error("fcntl(F_DUPFD_CLOEXEC)", &error))?;
                 in_netns(&file, || self.open_here(Some(entrance)))?
             }
         }
@@ -542,7 +544,7 @@ impl Netns {
         let (result, call, detail) = match self {
             Netns::Descriptor(Ok(fd)) => (
                 fd.try_clone(),
-                "dup",
+                "fcntl(F_DUPFD_CLOEXEC)",
                 "the namespace's descriptor cannot be copied".to_owned(),
             ),
             Netns::Descriptor(Err(error)) => {
@@ -550,7 +552,7 @@ impl Netns {
                 let error = io::Error::from_raw_os_error(error.raw_os_error().unwrap_or(libc::EBADF));
                 (
                     Err(error),
-                    "dup",
+                    "fcntl(F_DUPFD_CLOEXEC)",
                     "the namespace's descriptor cannot be copied".to_owned(),
                 )
             }
@@ -613,18 +615,19 @@ fn there_already(result: io::Result<()>, attached: bool) -> io::Result<()> {
 #[cfg(feature = "netlink")]
 fn open_netlink() -> Result<Handle, OpenError> {
     Handle::new().map_err(|error| {
+        let call = RequestError::of(&error).map_or("socket(AF_NETLINK)", RequestError::request);
         let errno = netlink_errno(&error).map_or_else(|| io::Error::from(error.kind()), io::Error::from_raw_os_error);
         match errno.raw_os_error() {
             Some(libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT | libc::ENOSYS) => {
                 OpenError::new(
                     OpenErrorKind::Unsupported,
-                    "socket(AF_NETLINK)",
+                    call,
                     &errno,
                     "addresses and routes are set through rtnetlink, which the kernel or a sandbox (seccomp, \
                  RestrictAddressFamilies) refuses; allow AF_NETLINK, or set them from outside",
                 )
             }
-            _ => attach::os_error("socket(AF_NETLINK)", &errno),
+            _ => attach::os_error(call, &errno),
         }
     })
 }

@@ -11,6 +11,7 @@ use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
 use crate::offload::Offloads;
 use crate::queue::{Queue, QueueInfo, SharedOffloads};
+use crate::sys::FailedCall;
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::notices::{self, Departure};
 use crate::sys::setns::{self, NetnsId};
@@ -72,15 +73,15 @@ impl Device {
         let departure = match notices::of_departure(index) {
             Ok(notices) => Some(notices),
             // A sandbox without netlink.
-            Err(error)
+            Err(failed)
                 if matches!(
-                    error.raw_os_error(),
+                    failed.error.raw_os_error(),
                     Some(libc::EPERM | libc::EACCES | libc::EAFNOSUPPORT | libc::EPROTONOSUPPORT | libc::ENOSYS)
                 ) =>
             {
                 None
             }
-            Err(error) => return Err(attach::os_error("socket(AF_NETLINK)", &error)),
+            Err(failed) => return Err(attach::os_error(failed.call, &failed.error)),
         };
         let device = Self {
             inner: Arc::new(Inner {
@@ -359,14 +360,15 @@ impl Device {
 
 /// Runs `work` on a thread of its own inside the namespace.
 pub(crate) fn in_netns<T: Send>(netns: &File, work: impl FnOnce() -> T + Send) -> Result<T, OpenError> {
-    setns::run_in(netns.as_fd(), work).map_err(|error| {
+    setns::run_in(netns.as_fd(), work).map_err(|FailedCall { call, error }| {
         let detail = match error.raw_os_error() {
+            _ if call == setns::THREAD => "no thread could be started there; raise RLIMIT_NPROC (ulimit -u)",
             Some(libc::EPERM) => {
                 "this user may not enter the network namespace; it takes CAP_SYS_ADMIN in the user namespaces of both sides"
             }
             Some(libc::EINVAL) => "the file is not a network namespace",
             _ => "the network namespace could not be entered",
         };
-        OpenError::new(OpenErrorKind::Namespace, "setns(CLONE_NEWNET)", &error, detail)
+        OpenError::new(OpenErrorKind::Namespace, call, &error, detail)
     })
 }

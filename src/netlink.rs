@@ -175,16 +175,18 @@ pub struct RequestError {
 impl Handle {
     /// Opens a socket in the calling thread's network namespace.
     pub fn new() -> io::Result<Self> {
-        let open = || {
-            let mut socket = Socket::new(NETLINK_ROUTE)?;
-            socket.bind_auto()?;
-            socket.connect(&SocketAddr::new(0, 0))?;
-            // Both only make refusals speak; a kernel without them (before 4.12) is no worse for it.
-            let _ = socket.set_cap_ack(true);
-            let _ = socket.set_ext_ack(true);
-            Ok(socket)
-        };
-        let socket = open().map_err(|error| failed("socket(NETLINK_ROUTE)", error))?;
+        let mut socket = Socket::new(NETLINK_ROUTE).map_err(|error| failed("socket(AF_NETLINK)", error))?;
+        // The kernel chooses the port.
+        let address = SocketAddr::new(0, 0);
+        socket
+            .bind(&address)
+            .map_err(|error| failed("bind(AF_NETLINK)", error))?;
+        socket
+            .connect(&address)
+            .map_err(|error| failed("connect(AF_NETLINK)", error))?;
+        // Both only make refusals speak; a kernel without them (before 4.12) is no worse for it.
+        let _ = socket.set_cap_ack(true);
+        let _ = socket.set_ext_ack(true);
         Ok(Self {
             socket,
             sequence: Cell::new(0),

@@ -11,6 +11,7 @@ use crate::device::{Device, in_netns};
 use crate::error::{OpenError, OpenErrorKind};
 use crate::iface::Mode;
 use crate::offload::Offloads;
+use crate::sys::FailedCall;
 use crate::sys::netdevice::{ControlSocket, IfName};
 use crate::sys::setns::NetnsId;
 use crate::sys::tun;
@@ -113,7 +114,7 @@ impl MultiQueue {
         for fd in &fds {
             tun::set_close_on_exec(fd.as_fd()).map_err(|error| attach::os_error("fcntl(F_SETFD)", &error))?;
             tun::change_status_flags(fd.as_fd(), libc::O_NONBLOCK, 0)
-                .map_err(|error| attach::os_error("fcntl(F_SETFL)", &error))?;
+                .map_err(|failed| attach::os_error(failed.call, &failed.error))?;
         }
         adopt_packet_info(&fds, &mut adopted)?;
         let offloads = Arc::new(SharedOffloads::default());
@@ -660,7 +661,7 @@ fn check_adopted(fds: &[OwnedFd]) -> Result<Adopted, OpenError> {
             ));
         }
     }
-    if let Some(i) = given_twice(fds).map_err(|error| attach::os_error("fcntl(F_SETFL)", &error))? {
+    if let Some(i) = given_twice(fds).map_err(|failed| attach::os_error(failed.call, &failed.error))? {
         return Err(not_tun(
             "from_fds",
             format!("descriptor {i} is a copy of an earlier one: the same queue twice"),
@@ -681,7 +682,7 @@ fn check_adopted(fds: &[OwnedFd]) -> Result<Adopted, OpenError> {
 ///
 /// Copies share their status flags. O_APPEND means nothing to tun, so it serves as a mark for a moment; kcmp(2), made for the question, is
 /// commonly forbidden in containers.
-fn given_twice(fds: &[OwnedFd]) -> io::Result<Option<usize>> {
+fn given_twice(fds: &[OwnedFd]) -> Result<Option<usize>, FailedCall> {
     let mut had = Vec::with_capacity(fds.len());
     for fd in fds {
         had.push(tun::status_flags(fd.as_fd())? & libc::O_APPEND);
@@ -752,7 +753,9 @@ fn device_in(
     if NetnsId::current().is_ok_and(|current| current == id) {
         return here(Some(netns)).map(Some);
     }
-    let entrance = netns.try_clone().map_err(|error| attach::os_error("dup", &error))?;
+    let entrance = netns
+        .try_clone()
+        .map_err(|error| attach::os_error("fcntl(F_DUPFD_CLOEXEC)", &error))?;
     match in_netns(&netns, || here(Some(entrance))) {
         Ok(device) => device.map(Some),
         // Telling where the device is takes CAP_NET_ADMIN there, entering takes more. There is no handle then, and no harm.

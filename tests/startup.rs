@@ -584,6 +584,10 @@ fn call_fails(call: &str, errnos: &[&str], most: usize) {
         if let Some(error) = outcome.strip_prefix("error: ") {
             // It names a call or a step, and more than its errno.
             assert!(error.contains(": "), "{call}: {error}");
+            // Those that a library function makes among others: it names the one that failed.
+            if matches!(call, "socket" | "bind" | "setsockopt" | "getsockopt" | "fcntl") {
+                assert!(error.starts_with(call), "{call}: {error}");
+            }
         }
     }
 }

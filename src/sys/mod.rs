@@ -23,6 +23,26 @@ pub(crate) mod tun;
 pub(crate) mod uring;
 pub(crate) mod virtio_net;
 
+/// A call that failed, where a function makes several.
+#[derive(Debug)]
+pub(crate) struct FailedCall {
+    pub(crate) call: &'static str,
+    pub(crate) error: std::io::Error,
+}
+
+impl FailedCall {
+    /// For `map_err`.
+    pub(crate) fn of(call: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |error| Self { call, error }
+    }
+}
+
+impl From<FailedCall> for std::io::Error {
+    fn from(failed: FailedCall) -> Self {
+        failed.error
+    }
+}
+
 /// Calls a libc function and turns -1 into the errno of this thread.
 macro_rules! syscall {
     ($name:ident($($arg:expr),* $(,)?)) => {{

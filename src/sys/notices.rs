@@ -7,11 +7,11 @@ use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use super::syscall;
+use super::{FailedCall, syscall};
 
 /// Notices of all links of the calling thread's network namespace. Non-blocking; readable when there is one.
 #[cfg(feature = "engine")]
-pub(crate) fn of_links() -> io::Result<OwnedFd> {
+pub(crate) fn of_links() -> Result<OwnedFd, FailedCall> {
     let socket = socket()?;
     bind(&socket)?;
     Ok(socket)
@@ -20,7 +20,7 @@ pub(crate) fn of_links() -> io::Result<OwnedFd> {
 /// The one notice that link `index` leaves the calling thread's network namespace, by deletion or
 /// by a move; see [`departure`]. A filter of the socket keeps all other notices out, so that none
 /// is lost for want of room.
-pub(crate) fn of_departure(index: u32) -> io::Result<OwnedFd> {
+pub(crate) fn of_departure(index: u32) -> Result<OwnedFd, FailedCall> {
     let socket = socket()?;
     // Loads of classic BPF are big-endian, rtnetlink is in the byte order of the host.
     let (load_half, load_byte, load_word) = (
@@ -55,7 +55,8 @@ pub(crate) fn of_departure(index: u32) -> io::Result<OwnedFd> {
             (&raw const filter).cast(),
             mem::size_of::<libc::sock_fprog>() as libc::socklen_t
         ))
-    }?;
+    }
+    .map_err(FailedCall::of("setsockopt(SO_ATTACH_FILTER)"))?;
     bind(&socket)?;
     Ok(socket)
 }
@@ -114,16 +115,17 @@ pub(crate) fn departure(notices: BorrowedFd<'_>) -> io::Result<Option<Departure>
     Ok(Some(Departure::Deleted))
 }
 
-fn socket() -> io::Result<OwnedFd> {
+fn socket() -> Result<OwnedFd, FailedCall> {
     let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
     // SAFETY: takes no pointer.
-    let fd = unsafe { syscall!(socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE)) }?;
+    let fd = unsafe { syscall!(socket(libc::AF_NETLINK, kind, libc::NETLINK_ROUTE)) }
+        .map_err(FailedCall::of("socket(AF_NETLINK)"))?;
     // SAFETY: the kernel just made it, and nobody else has it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Joins RTNLGRP_LINK.
-fn bind(socket: &OwnedFd) -> io::Result<()> {
+fn bind(socket: &OwnedFd) -> Result<(), FailedCall> {
     // SAFETY: sockaddr_nl is a plain C struct for which zero is a value.
     let mut address: libc::sockaddr_nl = unsafe { mem::zeroed() };
     address.nl_family = libc::AF_NETLINK as libc::sa_family_t;
@@ -137,6 +139,7 @@ fn bind(socket: &OwnedFd) -> io::Result<()> {
         ))
     }
     .map(drop)
+    .map_err(FailedCall::of("bind(AF_NETLINK)"))
 }
 
 /// Throws the notices away that are there.

@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::syscall;
+use super::{FailedCall, syscall};
 
 /// Which namespace it is, as the inode of its file in nsfs says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,19 +37,24 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     File::open(path)
 }
 
+/// What a thread is started by, in errors.
+pub(crate) const THREAD: &str = "clone";
+
 /// Runs `work` on a new thread inside `netns`, and waits for it. The caller's thread stays where it is.
 ///
 /// Errors are those of starting the thread and of setns(2): EPERM without CAP_SYS_ADMIN both here and there, EINVAL where the
 /// descriptor is no network namespace.
-pub(crate) fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+pub(crate) fn run_in<T: Send>(netns: BorrowedFd<'_>, work: impl FnOnce() -> T + Send) -> Result<T, FailedCall> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
             .name("netns".to_owned())
             .spawn_scoped(scope, move || {
                 // SAFETY: no pointers; it changes the namespace of this new thread only.
-                unsafe { syscall!(setns(netns.as_raw_fd(), libc::CLONE_NEWNET)) }?;
+                unsafe { syscall!(setns(netns.as_raw_fd(), libc::CLONE_NEWNET)) }
+                    .map_err(FailedCall::of("setns(CLONE_NEWNET)"))?;
                 Ok(work())
-            })?;
+            })
+            .map_err(FailedCall::of(THREAD))?;
         match thread.join() {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),

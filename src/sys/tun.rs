@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::netdevice::{IfName, ifreq_named};
-use super::syscall;
+use super::{FailedCall, syscall};
 
 /// The node through which every TUN/TAP queue is opened.
 pub(crate) const NODE: &str = "/dev/net/tun";
@@ -237,20 +237,20 @@ pub(crate) fn is_tun(fd: BorrowedFd<'_>) -> io::Result<bool> {
 }
 
 /// F_GETFL and F_SETFL: changes the status flags, which every holder of the same open file shares.
-pub(crate) fn change_status_flags(fd: BorrowedFd<'_>, set: i32, clear: i32) -> io::Result<()> {
+pub(crate) fn change_status_flags(fd: BorrowedFd<'_>, set: i32, clear: i32) -> Result<(), FailedCall> {
     let now = status_flags(fd)?;
     let new = (now | set) & !clear;
     if new != now {
         // SAFETY: F_SETFL takes an integer.
-        unsafe { syscall!(fcntl(fd.as_raw_fd(), libc::F_SETFL, new)) }?;
+        unsafe { syscall!(fcntl(fd.as_raw_fd(), libc::F_SETFL, new)) }.map_err(FailedCall::of("fcntl(F_SETFL)"))?;
     }
     Ok(())
 }
 
 /// F_GETFL.
-pub(crate) fn status_flags(fd: BorrowedFd<'_>) -> io::Result<i32> {
+pub(crate) fn status_flags(fd: BorrowedFd<'_>) -> Result<i32, FailedCall> {
     // SAFETY: F_GETFL takes no argument.
-    unsafe { syscall!(fcntl(fd.as_raw_fd(), libc::F_GETFL)) }
+    unsafe { syscall!(fcntl(fd.as_raw_fd(), libc::F_GETFL)) }.map_err(FailedCall::of("fcntl(F_GETFL)"))
 }
 
 /// F_SETFD with FD_CLOEXEC.
