@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use common::{repeats, trial};
 use device::{copy, ioctl_int, ioctl_value};
-use offer::{HERE, Offer, PORT, THERE, build, config, on_both, outward, quiet, receive, single, worker};
+use offer::{HERE, Offer, PORT, THERE, build, config, named, on_both, outward, quiet, receive, single, worker};
 use tun_driver::lab::packet::{Ethernet, Framing, Spec};
 use tun_driver::lab::{Catcher, Tracker};
 use tun_driver::netlink::Handle;
@@ -368,25 +368,7 @@ fn sends_tap(backend: Backend) {
 /// Runs a trial of this file once more, and checks how often it asks the kernel for the size of a
 /// device's header: each time waits for the kernel's lock of all network settings.
 fn asks_at_most(name: &str, backend: Backend, most: usize) {
-    common::need_program("strace", "strace");
-    let word = match backend {
-        Backend::IoUring => "io_uring",
-        _ => "syscalls",
-    };
-    let output = std::process::Command::new("strace")
-        .args(["-f", "-e", "trace=ioctl"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", &format!("{name}: {word}")])
-        .output()
-        .unwrap();
-    let (said, trace) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
-    );
-    if trace.contains("ptrace(PTRACE") {
-        common::skip("strace may not trace here");
-    }
-    assert!(output.status.success() && said.contains("1 passed"), "{said}{trace}");
+    let trace = common::traced(&named(name, backend), "ioctl");
     let asked = trace.matches("TUNGETVNETHDRSZ").count();
     assert!(asked <= most, "asked {asked} times");
 }

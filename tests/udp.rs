@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use etherparse::{NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
-use offer::{config, on_both, receive, worker};
+use offer::{config, named, on_both, receive, worker};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, VnetHdr};
 use tun_driver::{Backend, Batch, LocalAddr, OpenErrorKind, PacketBuf, PortErrorKind, PortId, Worker, WorkerConfig};
@@ -79,6 +79,12 @@ fn main() {
         all,
         "a socket that another holder shut down gives what it has, and ends without spinning",
         shut_down,
+    );
+    on_both(all, ANCILLARY, ancillary);
+    on_both(
+        all,
+        "a socket with ancillary options of its own costs no call for each receive",
+        ancillary_asks_once,
     );
     on_both(all, "a stream socket is refused", stream);
     common::run(trials)
@@ -852,6 +858,58 @@ fn gro_meanwhile(backend: Backend) {
         assert!(batch.iter().all(|packet| packet.len() == 500));
         assert_eq!(get_option(&holder, SOL_UDP, UDP_GRO), 0);
     }
+}
+
+const ANCILLARY: &str = "a socket with ancillary options of its own gives each datagram";
+const DATAGRAMS: u8 = 100;
+
+/// Options of ip(7) that make the kernel say more of each datagram.
+fn ancillary(backend: Backend) {
+    for options in [
+        &[libc::IP_RECVTTL][..],
+        &[libc::IP_RECVTTL, libc::IP_RECVTOS, libc::IP_PKTINFO],
+    ] {
+        let (ours, theirs) = pair();
+        for &option in options {
+            set_option(&ours, libc::IPPROTO_IP, option, 1).unwrap();
+        }
+        let holder = ours.try_clone().unwrap();
+        let mut worker = worker(backend);
+        let port = worker.attach(ours).unwrap();
+        let mut batch = Batch::with_capacity(64);
+        for number in 0..DATAGRAMS {
+            theirs.send(&[number; 100]).unwrap();
+            receive(&mut worker, port, &mut batch, 1).unwrap();
+            assert_eq!((batch[0].len(), batch[0][0]), (100, number));
+            assert_eq!(batch[0].local(), None, "the socket has one address");
+            batch.clear();
+        }
+        // What another holder switches on is still found.
+        if set_option(&holder, SOL_UDP, UDP_GRO, 1).is_ok() {
+            send_group(&theirs, 3);
+            assert!(
+                !worker
+                    .wait(Some(Instant::now() + Duration::from_secs(5)))
+                    .unwrap()
+                    .timer
+            );
+            let error = worker.try_recv_many(port, &mut batch).unwrap_err();
+            assert_eq!((error.kind(), batch.len()), (PortErrorKind::Truncated, 0));
+            send_group(&theirs, 3);
+            receive(&mut worker, port, &mut batch, 3).unwrap();
+            assert!(batch.iter().all(|packet| packet.len() == 500));
+        }
+        for &option in options {
+            assert_eq!(get_option(&holder, libc::IPPROTO_IP, option), 1, "as it was");
+        }
+    }
+}
+
+fn ancillary_asks_once(backend: Backend) {
+    let trace = common::traced(&named(ANCILLARY, backend), "getsockopt");
+    let asked = trace.matches("getsockopt(").count();
+    // Some when a port is attached.
+    assert!(asked < usize::from(DATAGRAMS), "asked {asked} times");
 }
 
 fn segment_and_cork(backend: Backend) {

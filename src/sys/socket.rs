@@ -26,9 +26,10 @@ pub(crate) struct Arrived {
     pub(crate) truncated: bool,
     pub(crate) peer: Option<SocketAddr>,
     pub(crate) local: Option<LocalAddr>,
-    /// The kernel had more to say of it than there was room for, or said that it consists of
-    /// several.
-    pub(crate) doubtful: bool,
+    /// The kernel said that it consists of several.
+    pub(crate) coalesced: bool,
+    /// The kernel had something to say of it, and there was no room for it.
+    pub(crate) unsaid: bool,
 }
 
 impl Datagrams {
@@ -63,8 +64,8 @@ impl Datagrams {
                 + size_of::<Control>())
     }
 
-    /// Makes room for the local addresses of datagrams.
-    pub(crate) fn expect_local_addresses(&mut self) {
+    /// Makes room for the local addresses of datagrams, and all else that a socket is set to say.
+    pub(crate) fn expect_ancillary(&mut self) {
         if self.controls.is_empty() {
             self.controls = vec![Control::default(); self.capacity()].into();
         }
@@ -100,16 +101,15 @@ impl Datagrams {
         header.msg_namelen = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
     }
 
-    /// Asks the kernel for the local address of datagram `index`, after
-    /// [`expect_local_addresses`](Self::expect_local_addresses).
-    pub(crate) fn want_local(&mut self, index: usize) {
+    /// Asks the kernel for what it has to say of datagram `index`, after
+    /// [`expect_ancillary`](Self::expect_ancillary).
+    pub(crate) fn want_ancillary(&mut self, index: usize) {
         let header = &mut self.headers[index].msg_hdr;
         header.msg_control = (&raw mut self.controls[index]).cast();
         header.msg_controllen = size_of::<Control>() as _;
     }
 
-    /// Sends datagram `index` from `local`, after
-    /// [`expect_local_addresses`](Self::expect_local_addresses).
+    /// Sends datagram `index` from `local`, after [`expect_ancillary`](Self::expect_ancillary).
     pub(crate) fn set_local(&mut self, index: usize, local: LocalAddr) {
         let header = &mut self.headers[index].msg_hdr;
         header.msg_controllen = self.controls[index].write(local) as _;
@@ -148,7 +148,10 @@ impl Datagrams {
             truncated: header.msg_hdr.msg_flags & libc::MSG_TRUNC != 0,
             peer: decode(&self.names[index], header.msg_hdr.msg_namelen),
             local,
-            doubtful: coalesced || header.msg_hdr.msg_flags & libc::MSG_CTRUNC != 0,
+            coalesced,
+            // Where there is room, what is cut off is something else: only what belongs to all
+            // sockets comes before UDP_GRO (`udp_recvmsg`), and all of that leaves room for it.
+            unsaid: header.msg_hdr.msg_control.is_null() && header.msg_hdr.msg_flags & libc::MSG_CTRUNC != 0,
         }
     }
 

@@ -39,6 +39,9 @@ pub(crate) struct SocketOptions {
     changed: Vec<(libc::c_int, libc::c_int, libc::c_int)>,
     /// It is bound to all addresses, and each datagram comes with the one that it was sent to.
     pub(crate) wildcard: bool,
+    /// Another option of the socket's makes the kernel say more of each datagram than nothing, so
+    /// there has to be room for it: without, UDP_GRO could not be seen but by asking each time.
+    pub(crate) talkative: bool,
     /// Datagrams that were dropped because each may have been several.
     pub(crate) dropped: u64,
 }
@@ -66,6 +69,7 @@ impl SocketOptions {
             process: Origin::here(),
             changed: Vec::new(),
             wildcard: false,
+            talkative: false,
             dropped: 0,
         };
         set!(options, "UDP_CORK", SOL_UDP, UDP_CORK, 0)?;

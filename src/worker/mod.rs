@@ -335,7 +335,7 @@ impl Worker {
         port.socket = socket;
         if let Some(socket) = &port.socket {
             if socket.wildcard {
-                self.cx.datagrams.expect_local_addresses();
+                self.cx.datagrams.expect_ancillary();
             }
             let dropped = socket.dropped;
             port.coalesced(dropped);

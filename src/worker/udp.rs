@@ -23,6 +23,7 @@ const TOO_LONG: [u64; 2] = [16, 4];
 pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
     let mut reports = 0;
     let wildcard = is_wildcard(port);
+    let ancillary = wildcard || port.socket.as_ref().is_some_and(|socket| socket.talkative);
     while !batch.is_full() {
         let want = batch.room().min(cx.datagrams.capacity()) as u32;
         // A stack of slots for one call; never more than LONGEST.
@@ -44,15 +45,15 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
             let at = cx.arena.address(slot, cx.arena.config().data_offset() as u32);
             cx.datagrams.set(index, at, port.read_len as usize - 1, None);
             cx.datagrams.want_peer(index);
-            if wildcard {
-                cx.datagrams.want_local(index);
+            if ancillary {
+                cx.datagrams.want_ancillary(index);
             }
         }
         port.tally.system_calls.add(1);
         // SAFETY: each entry points into a slot that was just checked out and is in nobody else's hands.
         let result = unsafe { cx.datagrams.receive(port.fd, ready) };
         let arrived = *result.as_ref().unwrap_or(&0);
-        let mut doubtful = false;
+        let mut asked = false;
         let (mut packets, mut bytes) = (0, 0);
         let mut coalesced = None;
         for (index, &slot) in slots[..ready].iter().enumerate() {
@@ -61,11 +62,21 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
                 continue;
             }
             let datagram = cx.datagrams.arrived(index);
-            if datagram.doubtful && !doubtful {
-                doubtful = true;
+            if (datagram.coalesced || datagram.unsaid) && !asked {
+                asked = true;
+                port.tally.system_calls.add(1);
                 coalesced = port.socket.as_ref().and_then(SocketOptions::recheck);
             }
-            if coalesced.is_some() {
+            if datagram.unsaid
+                && coalesced.is_none()
+                && let Some(socket) = &mut port.socket
+            {
+                // Another option's. From the next call on there is room, and nothing to ask.
+                socket.talkative = true;
+                cx.datagrams.expect_ancillary();
+            }
+            // By the datagram's own word also where the option is off again.
+            if coalesced.is_some() || datagram.coalesced {
                 // Any of them may be several.
                 port.coalesced(1);
                 cx.arena.release(slot);
@@ -77,7 +88,7 @@ pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
                 continue;
             }
             let mut packet = PacketBuf::whole_slot(&cx.arena, slot, datagram.len as u32);
-            packet.set_addresses(datagram.peer, datagram.local);
+            packet.set_addresses(datagram.peer, datagram.local.filter(|_| wildcard));
             bytes += datagram.len as u64;
             packets += 1;
             let _ = batch.push(packet);

@@ -288,6 +288,26 @@ pub fn need_program(program: &str, package: &str) {
     }
 }
 
+/// Runs a trial of the calling test file once more, under strace, and returns its calls of `call`,
+/// one a line.
+#[allow(dead_code)] // each test file uses its share
+pub fn traced(trial: &str, call: &str) -> String {
+    need_program("strace", "strace");
+    let output = process::Command::new("strace")
+        .args(["-f", "-e", &format!("trace={call}")])
+        .arg(env::current_exe().expect("this program"))
+        .args(["--exact", trial])
+        .output()
+        .expect("strace");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let trace = String::from_utf8_lossy(&output.stderr).into_owned();
+    if trace.contains("ptrace(PTRACE") {
+        skip("strace may not trace here");
+    }
+    assert!(output.status.success() && said.contains("1 passed"), "{said}{trace}");
+    trace
+}
+
 /// What a skipped trial unwinds with.
 struct Skip(String);
 

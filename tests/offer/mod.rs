@@ -27,12 +27,21 @@ pub fn on_both(trials: &mut Vec<Trial>, name: &str, check: fn(Backend)) {
 
 /// As [`on_both`], to be changed further.
 pub fn both(name: &str, check: fn(Backend)) -> [Trial; 2] {
-    [(Backend::IoUring, "io_uring"), (Backend::Syscalls, "syscalls")].map(|(backend, word)| {
-        trial(format!("{name}: {word}"), move || {
+    [Backend::IoUring, Backend::Syscalls].map(|backend| {
+        trial(named(name, backend), move || {
             need_backend(backend);
             check(backend);
         })
     })
+}
+
+/// What the check for a backend is called.
+pub fn named(name: &str, backend: Backend) -> String {
+    let word = match backend {
+        Backend::IoUring => "io_uring",
+        _ => "syscalls",
+    };
+    format!("{name}: {word}")
 }
 
 pub fn config(backend: Backend) -> WorkerConfig {
