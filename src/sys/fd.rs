@@ -16,6 +16,20 @@ pub(crate) unsafe fn read_raw(fd: RawFd, at: NonNull<u8>, len: usize) -> io::Res
     unsafe { syscall!(read(fd, at.as_ptr().cast(), len)) }.map(|count| count as usize)
 }
 
+/// As [`read_raw`], but EAGAIN instead of waiting also where the descriptor is blocking: preadv2(2)
+/// with RWF_NOWAIT (for tun since Linux 6.4; EOPNOTSUPP before).
+///
+/// # Safety
+/// As of `read_raw`.
+pub(crate) unsafe fn read_nowait(fd: RawFd, at: NonNull<u8>, len: usize) -> io::Result<usize> {
+    let part = libc::iovec {
+        iov_base: at.as_ptr().cast(),
+        iov_len: len,
+    };
+    // SAFETY: one iovec that lives through the call; the caller vouches for the memory.
+    unsafe { syscall!(preadv2(fd, &raw const part, 1, -1, libc::RWF_NOWAIT)) }.map(|count| count as usize)
+}
+
 /// write(2).
 pub(crate) fn write(fd: RawFd, bytes: &[u8]) -> io::Result<usize> {
     // SAFETY: the slice is readable for its length.

@@ -202,6 +202,30 @@ struct HeaderPlace {
     unreadable: u64,
 }
 
+/// Which reads of the backend on system calls are known not to wait, whatever another holder makes
+/// of the descriptor.
+#[derive(Default)]
+pub(super) struct Reads {
+    /// What the last receive brought until the queue was empty; no end if it was not.
+    pub(super) expected: u32,
+    /// Another holder made the descriptor blocking once, so no read is trusted any more.
+    cautious: bool,
+    /// The kernel does not take RWF_NOWAIT here.
+    pub(super) refused: bool,
+}
+
+impl Reads {
+    /// How many reads of the next receive may be plain ones: `readable` says that poll(2) found a
+    /// packet. What comes after these is likely to find the queue empty.
+    pub(super) fn plain(&self, readable: bool) -> u32 {
+        if self.cautious {
+            0
+        } else {
+            self.expected.max(u32::from(readable))
+        }
+    }
+}
+
 pub(super) struct Port {
     pub(super) id: PortId,
     /// What was set on a socket. Before the endpoint, which closes it: fields are dropped in this
@@ -242,6 +266,7 @@ pub(super) struct Port {
     pub(super) tally: Arc<PortTally>,
     /// What another holder of the device had changed, for an engine to report.
     pub(super) changed: Option<Changed>,
+    pub(super) reads: Reads,
     place: HeaderPlace,
     inbox: VecDeque<Received>,
     /// A permanent end, and whether it was told.
@@ -279,6 +304,7 @@ impl Port {
             outgoing,
             tally,
             changed: None,
+            reads: Reads::default(),
             place: HeaderPlace::default(),
             // A burst, and the read that was armed before it.
             inbox: VecDeque::with_capacity(LONGEST as usize + 1),
@@ -543,12 +569,12 @@ impl Port {
 
     /// Makes sure that a call on a queue's descriptor does not wait. Copies of the descriptor in
     /// other hands share O_NONBLOCK, and a read that sleeps hears neither the doorbell nor a stop.
-    /// (RWF_NOWAIT would need no check, but preadv2 takes a quarter longer than read.)
     #[inline]
     pub(super) fn assure_nonblocking(&mut self) {
         if let Endpoint::Queue(queue) = &self.endpoint
             && let Some(changed) = queue.restore_nonblocking()
         {
+            self.reads.cautious = true;
             self.was_changed(changed);
         }
     }

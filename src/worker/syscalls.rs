@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::ptr::NonNull;
 use std::time::{Duration, Instant};
 
 use super::Context;
@@ -250,8 +251,15 @@ fn read_until_empty(cx: &mut Context, ports: &mut Ports, index: usize, batch: &m
     port.hand_over(&cx.arena, batch);
 }
 
-/// read(2) until the queue is empty or there is enough for the batch. Some may lie in the inbox.
+/// Reads until the queue is empty or there is enough for the batch. Some may lie in the inbox.
+///
+/// Another holder may make the descriptor blocking right after that was checked. A read that finds
+/// a packet does not wait all the same. So the reads that are expected to find one are made by
+/// read(2), and those after them by preadv2(2) with RWF_NOWAIT, which takes 41 ns longer (305 for
+/// 264).
 fn read_some(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
+    let mut plain = port.reads.plain(port.readable);
+    let mut run = 0;
     // A flood of packets that are dropped does not fill the batch, and must not keep the worker.
     let mut drops = LONGEST;
     while !port.fills(batch) && drops > 0 {
@@ -266,12 +274,15 @@ fn read_some(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
         };
         let at = cx.arena.address(slot, port.read_at);
         port.tally.system_calls.add(1);
+        let may_wait = plain > 0;
+        plain = plain.saturating_sub(1);
         // SAFETY: the slot was just checked out, so nobody else has these bytes; `read_len` of them are there.
-        let result = match unsafe { fd::read_raw(port.fd, at, port.read_len as usize) } {
+        let result = match unsafe { read_one(port, at, may_wait) } {
             Ok(len) => len as i32,
             Err(error) => -error.raw_os_error().unwrap_or(libc::EIO),
         };
         if port.read_ended(&cx.arena, slot, result) {
+            run += 1;
             if !port.holds_back() {
                 port.hand_over(&cx.arena, batch);
             }
@@ -279,8 +290,120 @@ fn read_some(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
             drops -= 1;
         } else {
             port.readable = false;
+            port.reads.expected = run;
             return;
         }
     }
+    port.reads.expected = u32::MAX;
     port.more = true;
+}
+
+/// One read, which must not wait unless it `may_wait`.
+///
+/// # Safety
+/// As of [`fd::read_raw`], with the port's `read_len`.
+#[inline]
+unsafe fn read_one(port: &mut Port, at: NonNull<u8>, may_wait: bool) -> io::Result<usize> {
+    let len = port.read_len as usize;
+    if !may_wait {
+        if !port.reads.refused {
+            // SAFETY: as the caller says.
+            match unsafe { fd::read_nowait(port.fd, at, len) } {
+                Err(error) if is_refused(&error) => port.reads.refused = true,
+                result => return result,
+            }
+        }
+        // Before Linux 6.4, or in a sandbox. What poll(2) finds is still there for the read.
+        port.tally.system_calls.add(1);
+        let mut asked = [libc::pollfd {
+            fd: port.fd,
+            events: libc::POLLIN,
+            revents: 0,
+        }];
+        if fd::poll(&mut asked, Some(Duration::ZERO))? == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
+    }
+    // SAFETY: as the caller says.
+    unsafe { fd::read_raw(port.fd, at, len) }
+}
+
+/// Whether RWF_NOWAIT or the whole call is not to be had.
+fn is_refused(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::EPERM | libc::EACCES)
+    )
+}
+
+#[cfg(all(test, feature = "lab"))]
+mod tests {
+    use std::net::UdpSocket;
+    use std::sync::mpsc;
+
+    use super::*;
+    use crate::lab::{Sandbox, sysctl};
+    use crate::worker::Imp;
+    use crate::{Backend, Builder, Mode, Worker, WorkerConfig};
+
+    /// Made blocking after the check, which this leaves out.
+    fn make_blocking(fd: libc::c_int) {
+        let off: libc::c_int = 0;
+        // SAFETY: the request reads one int.
+        assert_eq!(unsafe { libc::ioctl(fd, libc::FIONBIO, &raw const off) }, 0);
+    }
+
+    fn receives_without_a_check(refused: bool) {
+        let _ = sysctl("net/ipv6/conf/default/disable_ipv6", 1);
+        let builder = Builder::new("", Mode::Tun).address(std::net::Ipv4Addr::new(10, 0, 0, 1), 24);
+        let queue = builder.up(true).open().unwrap().into_queues().remove(0);
+        let mut worker = Worker::new(&WorkerConfig {
+            backend: Some(Backend::Syscalls),
+            ..WorkerConfig::default()
+        })
+        .unwrap();
+        worker.attach(queue).unwrap();
+        assert!(matches!(worker.backend, Imp::Syscalls(_)));
+        let socket = UdpSocket::bind("10.0.0.1:0").unwrap();
+        let (cx, port) = (&mut worker.cx, worker.ports.at(0));
+        port.reads.refused = refused;
+        let mut batch = Batch::with_capacity(16);
+        make_blocking(port.fd);
+        for count in [0, 3, 3, 5, 0, 1, 1, 0] {
+            if count < port.reads.expected {
+                // What is noticed by then.
+                port.assure_nonblocking();
+                make_blocking(port.fd);
+            }
+            (0..count).for_each(|_| assert_eq!(socket.send_to(b"one", "10.0.0.2:9").unwrap(), 3));
+            read_some(cx, port, &mut batch);
+            assert_eq!(batch.len() as u32, count);
+            batch.clear();
+        }
+        assert_eq!(
+            port.reads.refused,
+            refused || Some(false) == crate::Support::probe().tun_nowait
+        );
+    }
+
+    // T13, O_NONBLOCK taken away between the check and the read.
+    #[test]
+    fn a_descriptor_made_blocking_after_the_check_does_not_hold_up_a_receive() {
+        for refused in [false, true] {
+            let (done, outcome) = mpsc::channel();
+            // Not joined: a read that sleeps would hold up the test as well.
+            let thread = std::thread::spawn(move || {
+                let sandbox = std::fs::File::open("/dev/net/tun").and_then(|_| Sandbox::enter());
+                if let Err(error) = sandbox {
+                    assert!(std::env::var_os("TUN_DRIVER_REQUIRE_NETNS").is_none(), "{error}");
+                    eprintln!("skipped: no device in a namespace can be had: {error}");
+                } else {
+                    receives_without_a_check(refused);
+                }
+                done.send(()).unwrap();
+            });
+            let outcome = outcome.recv_timeout(Duration::from_secs(60));
+            assert_eq!(outcome, Ok(()), "it sleeps, or failed: {}", thread.is_finished());
+        }
+    }
 }
