@@ -11,13 +11,15 @@ mod device;
 use std::collections::HashMap;
 use std::net::UdpSocket;
 use std::os::fd::AsFd;
+use std::panic;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{again, need_backend, repeats, trial};
 use device::{try_read, udp_packet, udp_payload, write};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestError, TestRunner};
-use tun_driver::lab::{Namespace, sysctl};
+use tun_driver::lab::{Namespace, Sandbox, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::{
     Backend, Batch, Builder, Device, Mode, PortErrorKind, PortId, Queue, Worker, WorkerConfig, leaked_arenas,
@@ -97,10 +99,33 @@ fn acts() -> impl Strategy<Value = Vec<Act>> {
     prop::collection::vec(act, 1..80)
 }
 
+/// Threads share the sequences, each in its own namespaces: a sequence mostly waits for the kernel,
+/// which lets readers finish (RCU) before it moves a device or closes a queue.
 fn sequences(backend: Backend) {
+    // Without privilege all of them would share one limit of locked memory.
+    const SIDE_BY_SIDE: usize = 6;
+    let threads = if common::in_initial_user_namespace() {
+        SIDE_BY_SIDE
+    } else {
+        1
+    };
+    let cases = repeats(30, 5_000).div_ceil(threads) as u32;
+    thread::scope(|scope| {
+        let share = || {
+            Sandbox::enter().expect("a namespace for this thread");
+            share(backend, cases);
+        };
+        let shares: Vec<_> = (0..threads).map(|_| scope.spawn(share)).collect();
+        for share in shares {
+            share.join().unwrap_or_else(|panic| panic::resume_unwind(panic));
+        }
+    });
+}
+
+fn share(backend: Backend, cases: u32) {
     let places = [Place::here(), Place::there()];
     let config = Config {
-        cases: repeats(30, 5_000) as u32,
+        cases,
         failure_persistence: None,
         max_shrink_iters: 200,
         max_shrink_time: 60_000,
@@ -555,7 +580,7 @@ impl<'a> Machine<'a> {
             ensure!(came.is_empty(), "packets came that were not sent: {came:?}");
             let Err(why) = self.compare() else { return Ok(()) };
             ensure!(Instant::now() < deadline, "{why}");
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
     }
 
@@ -637,7 +662,7 @@ impl<'a> Machine<'a> {
         };
         while left() {
             ensure!(Instant::now() < deadline, "the device stays");
-            std::thread::sleep(Duration::from_millis(1));
+            thread::sleep(Duration::from_millis(1));
         }
         Ok(())
     }

@@ -170,7 +170,7 @@ pub fn need_ids(ids: &[u32]) {
 
 /// Whether capabilities count for what the kernel asks of the initial user namespace: locked memory
 /// and buffers beyond the limits.
-fn in_initial_user_namespace() -> bool {
+pub fn in_initial_user_namespace() -> bool {
     let map = fs::read_to_string("/proc/self/uid_map").expect("procfs");
     map.split_whitespace().eq(["0", "0", "4294967295"])
 }
