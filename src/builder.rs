@@ -672,12 +672,20 @@ fn check_network(netlink: &Handle, index: u32, address: IpAddr, prefix: u8) -> R
 #[cfg(feature = "netlink")]
 fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenError> {
     let subject = format!("the route to {}/{}", asked.destination, asked.prefix);
-    let routes = netlink
-        .routes_to(asked.destination, asked.prefix)
-        .map_err(|error| netlink_error(&error, subject.clone()))?;
     let is_ours = |route: &netlink::Route| {
         route.gateway == asked.gateway && !route.links.is_empty() && route.links.iter().all(|&link| link == index)
     };
+    // Mostly this is the answer. Without it the whole table is to be looked through, which may have
+    // a million routes.
+    if netlink
+        .route_in_use(asked.destination, asked.prefix)
+        .is_some_and(|route| is_ours(&route))
+    {
+        return Ok(());
+    }
+    let routes = netlink
+        .routes_to(asked.destination, asked.prefix)
+        .map_err(|error| netlink_error(&error, subject.clone()))?;
     // The first of those with the least metric is the one in use; of IPv6 routes without gateway,
     // that is the oldest.
     let Some(used) = routes.iter().min_by_key(|route| route.metric) else {

@@ -36,7 +36,7 @@ use netlink_packet_route::link::{
 };
 use netlink_packet_route::neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState};
 use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 #[cfg(feature = "lab")]
 use netlink_packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
@@ -366,8 +366,25 @@ impl Handle {
         self.act("RTM_NEWROUTE (blackhole)", message, NLM_F_CREATE | NLM_F_EXCL)
     }
 
+    /// The route of the main table that packets to the first address of `net`/`prefix` take, if it
+    /// is to exactly that network. `None` says nothing: the kernel looks up addresses, not networks
+    /// (`inet6_rtm_valid_getroute_req`: 128 bits), so a longer prefix or a rule may come first; and
+    /// one before 4.13 knows no RTM_F_FIB_MATCH, and answers with a route to the address.
+    pub(crate) fn route_in_use(&self, net: IpAddr, prefix: u8) -> Option<Route> {
+        let mut message = RouteMessage::default();
+        message.header.address_family = family(net);
+        message.header.destination_prefix_length = if net.is_ipv4() { 32 } else { 128 };
+        message.header.flags = RouteFlags::FibMatch;
+        message
+            .attributes
+            .push(RouteAttribute::Destination(RouteAddress::from(net)));
+        let message = RouteNetlinkMessage::GetRoute(message);
+        let answers = self.gather("RTM_GETROUTE", message, 0, |answer| parse_route(answer, net, prefix));
+        answers.ok()?.pop()
+    }
+
     /// The routes of the main table to exactly `net`/`prefix`, as the kernel lists them: equal
-    /// metrics in the order of its choice.
+    /// metrics in the order of its choice. The kernel sends the whole table.
     pub(crate) fn routes_to(&self, net: IpAddr, prefix: u8) -> io::Result<Vec<Route>> {
         let mut message = RouteMessage::default();
         message.header.address_family = family(net);

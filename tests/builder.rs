@@ -17,6 +17,8 @@ use device::{
 use tun_driver::netlink::Handle;
 use tun_driver::{Builder, Iface, Mode, MultiQueue, OpenError, OpenErrorKind, Support, TunNode};
 
+const OWN_ROUTES: &str = "routes of the device's are taken, and taken again";
+
 fn main() {
     common::run(vec![
         trial("one to 256 queues", || {
@@ -635,6 +637,42 @@ fn main() {
                     assert_eq!(error.raw_os_error(), Some(libc::EEXIST), "{error}");
                     assert!(error.detail().contains("through \"gw\" by way of"), "{error}");
                 }
+            },
+        ),
+        trial(OWN_ROUTES, || {
+            need_tun();
+            for _ in 0..2 {
+                let opened = Builder::new("gw", Mode::Tun)
+                    .attach_existing(true)
+                    .persist(true)
+                    .address("fd00:9::1".parse::<IpAddr>().unwrap(), 64)
+                    .route("fd00:5::".parse::<IpAddr>().unwrap(), 32, None)
+                    .route(
+                        "fd00:6::".parse::<IpAddr>().unwrap(),
+                        48,
+                        Some("fd00:9::2".parse().unwrap()),
+                    )
+                    .route("::".parse::<IpAddr>().unwrap(), 0, None)
+                    .route(Ipv4Addr::new(10, 5, 0, 0), 16, None)
+                    .up(true)
+                    .open();
+                drop(opened.unwrap());
+            }
+        }),
+        trial(
+            "routes of the device's are checked without a list of all routes",
+            || {
+                let trace = common::traced(OWN_ROUTES, "sendto");
+                // strace decodes the numbers only where it knows the socket's protocol.
+                let is = |line: &str, name: &str, number: &str| line.contains(name) || line.contains(number);
+                let asked = |line: &&str| is(line, "RTM_GETROUTE", "nlmsg_type=0x1a ");
+                assert!(trace.lines().any(|line| asked(&line)), "{trace}");
+                let dumps = trace
+                    .lines()
+                    .filter(asked)
+                    .filter(|line| is(line, "NLM_F_DUMP", "|0x300"))
+                    .count();
+                assert_eq!(dumps, 0, "{trace}");
             },
         ),
         trial(
