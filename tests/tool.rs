@@ -101,8 +101,19 @@ fn bench() {
         "--out",
         out,
     ]);
-    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
     let printed: Value = serde_json::from_slice(&told.stdout).unwrap();
+    assert_eq!(
+        told.status.code(),
+        Some(promised(&printed)),
+        "{}",
+        String::from_utf8_lossy(&told.stderr)
+    );
+    // Tests and tool are of one profile.
+    assert_eq!(printed["debug_build"], cfg!(debug_assertions));
+    assert_eq!(
+        String::from_utf8_lossy(&told.stderr).contains("debug build: figures mean nothing"),
+        cfg!(debug_assertions)
+    );
     let written: Value = serde_json::from_slice(&std::fs::read(folder.join("bench.json")).unwrap()).unwrap();
     assert_eq!(printed, written);
     let schema: Value = serde_json::from_str(include_str!("../docs/bench.schema.json")).unwrap();
@@ -133,6 +144,8 @@ fn bench() {
         assert_eq!(printed[section].as_array().unwrap().len(), 1, "{section}");
     }
     let report = std::fs::read_to_string(folder.join("report.md")).unwrap();
+    assert_eq!(report.contains("NOT KEPT"), promised(&printed) == 3, "{report}");
+    assert_eq!(report.contains("DEBUG BUILD"), cfg!(debug_assertions), "{report}");
     assert!(
         report.contains("worker, io_uring") || report.contains("is not measured"),
         "{report}"
@@ -153,6 +166,13 @@ fn bench() {
         assert!(folder.join(log).is_file(), "{log}");
     }
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+/// The exit code that goes with what a run of `bench` says of its promises.
+fn promised(printed: &Value) -> i32 {
+    let acts = printed["acts"].as_array().unwrap();
+    let mut rows = acts.iter().flat_map(|acts| acts["rows"].as_array().unwrap());
+    if rows.any(|row| row["kept"] == false) { 3 } else { 0 }
 }
 
 fn usage() {
@@ -201,7 +221,7 @@ fn usage() {
         (
             &target,
             "--count",
-            &["-1", "x", "1.0001k", "k", "", "0x10", "1e3", "½", "--json", "-"],
+            &["-1", "0", "x", "1.0001k", "k", "", "0x10", "1e3", "½", "--json", "-"],
         ),
         (
             &target,
@@ -281,6 +301,9 @@ fn usage() {
                 "drain,x",
             ],
         ),
+        (&listen, "--count", &["-1", "0", "x", "", "1.5", "1m", "--json", "-"]),
+        (&["throughput"], "--threads", &["-1", "0", "1025", "x", "", "1k"]),
+        (&["throughput"], "--sizes", &["", "x", "63", "1519"]),
         (
             &["throughput"],
             "--rate",
@@ -402,9 +425,10 @@ fn progress_lines() {
         "--out",
         folder.to_str().unwrap(),
     ]);
-    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    let object: Value = serde_json::from_slice(&told.stdout).unwrap();
     let lines = String::from_utf8(told.stderr).unwrap();
-    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(told.status.code(), Some(promised(&object)), "{lines}");
+    let lines: Vec<&str> = lines.lines().filter(|line| line.contains(" of 3: ")).collect();
     assert_eq!(lines.len(), 3, "{lines:?}");
     for (number, (line, title)) in lines
         .iter()
@@ -449,10 +473,10 @@ fn interrupted_bench() {
         ]);
         let mut lines = BufReader::new(running.child.stderr.take().unwrap());
         // Its end closes the pipe, so this ends in any case.
-        for _ in 0..=complete {
-            let mut line = String::new();
-            lines.read_line(&mut line).unwrap();
-            assert!(line.contains(" of 5: "), "{line:?}");
+        let mut last = String::new();
+        while !last.starts_with(&format!("{} of 5: ", complete + 1)) {
+            last.clear();
+            assert_ne!(lines.read_line(&mut last).unwrap(), 0, "it ended");
         }
         running.interrupt();
         let mut rest = String::new();
@@ -472,6 +496,11 @@ fn interrupted_bench() {
         );
         let why = told["incomplete_because"].as_str().unwrap().to_owned();
         assert!(why.contains("interrupted in “receive"), "{why}");
+        // The same number as in the last line of progress.
+        let progress = rest.lines().rfind(|line| line.contains(" of 5: "));
+        let number = progress.unwrap_or(&last).split(' ').next().unwrap();
+        assert!(why.ends_with(&format!(", case {number} of 5")), "{why}: {rest}");
+        assert!(rest.contains(&why), "{rest}");
         let cases = told["cases"].as_array().unwrap();
         assert!(
             (complete..=complete + 1).contains(&cases.len()),
@@ -704,7 +733,20 @@ fn missed_limits() {
             .concat(),
         );
         assert_eq!(nothing.status.code(), Some(3), "{limit:?}");
-        assert!(String::from_utf8_lossy(&nothing.stdout).contains("0 received"));
+        assert_eq!(
+            String::from_utf8_lossy(&nothing.stdout).trim(),
+            "no packet came: check the route to this address, and that `generate` sends to it"
+        );
+    }
+    // Nothing is known to have been sent, or all of it is missing.
+    for (count, loss) in [(&[][..], Value::Null), (&["--count", "5"], Value::from(100.0))] {
+        let nothing = ["receive", "--listen", "127.0.0.1:0", "--duration", "0.05"];
+        let told = tool(&[&nothing, count, &["--json"]].concat());
+        let told: Value = serde_json::from_slice(&told.stdout).unwrap();
+        assert_eq!(told["loss_percent"], loss);
+        let text = tool(&[&nothing, count].concat());
+        let text = String::from_utf8(text.stdout).unwrap();
+        assert!(text.starts_with("no packet came") && !text.contains('%'), "{text}");
     }
     // Three of four.
     let receiver = Running::receive(&[
@@ -775,7 +817,43 @@ fn refused() {
     let nowhere = tool(&["generate", "--target", "198.18.0.1:9", "--json"]);
     assert_eq!(nowhere.status.code(), Some(1));
     assert!(nowhere.stdout.is_empty());
-    assert!(String::from_utf8_lossy(&nowhere.stderr).contains("198.18.0.1:9"));
+    let told = |output: &Output| String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        told(&nowhere).contains("--target 198.18.0.1:9: ") && told(&nowhere).contains("add a route"),
+        "{}",
+        told(&nowhere)
+    );
+    let source = tool(&[
+        "generate",
+        "--target",
+        "127.0.0.1:9",
+        "--source",
+        "198.18.0.9:5000",
+        "--count",
+        "1",
+    ]);
+    assert_eq!(source.status.code(), Some(1));
+    assert!(
+        told(&source).contains("--source 198.18.0.9:5000: "),
+        "{}",
+        told(&source)
+    );
+    // A file that is no namespace is named.
+    let folder = scratch("netns");
+    let netns = tool(&[
+        "throughput",
+        "--gen-netns",
+        "/proc/self/status",
+        "--out",
+        folder.to_str().unwrap(),
+    ]);
+    assert!(matches!(netns.status.code(), Some(1 | 77)), "{:?}", netns.status);
+    assert!(
+        told(&netns).contains("setns(/proc/self/status): ") || netns.status.code() == Some(77),
+        "{}",
+        told(&netns)
+    );
+    assert!(!folder.exists(), "nothing was measured");
     assert_eq!(tool(&["receive", "--listen", "198.18.0.1:9"]).status.code(), Some(1));
     let file = tool(&["receive", "--listen", "127.0.0.1:0", "--hgrm", "/proc/nowhere/x"]);
     assert_eq!(file.status.code(), Some(1));

@@ -34,15 +34,13 @@ pub fn acts(_: &Sandbox, wakes: usize, stops: usize) -> io::Result<Acts> {
         duration: Duration::from_millis(1),
     };
     let rows = vec![
-        act("command to a sleeping worker", None, wake(block, false, wakes)?),
-        act("command to a spinning worker", None, wake(spin, false, wakes)?),
-        act(
-            "command to a busy worker, default waiting",
-            None,
-            wake(Wait::default(), true, wakes)?,
-        ),
-        act("stop, 2 idle workers", Some(STOP_BOUND), stop(false, stops)?),
-        act("stop, 2 loaded workers", Some(STOP_BOUND), stop(true, stops)?),
+        act("command to a sleeping worker", None, || wake(block, false, wakes))?,
+        act("command to a spinning worker", None, || wake(spin, false, wakes))?,
+        act("command to a busy worker, default waiting", None, || {
+            wake(Wait::default(), true, wakes)
+        })?,
+        act("stop, 2 idle workers", Some(STOP_BOUND), || stop(false, stops))?,
+        act("stop, 2 loaded workers", Some(STOP_BOUND), || stop(true, stops))?,
     ];
     Ok(Acts {
         title: "reach a worker, stop an engine".to_owned(),
@@ -50,12 +48,41 @@ pub fn acts(_: &Sandbox, wakes: usize, stops: usize) -> io::Result<Acts> {
     })
 }
 
-fn act(name: &str, bound: Option<Duration>, took: Histogram<u64>) -> Act {
-    Act {
+/// Measures an act; where something is promised, beside a thread that shows how busy the machine
+/// is.
+fn act(name: &str, bound: Option<Duration>, measure: impl FnOnce() -> io::Result<Histogram<u64>>) -> io::Result<Act> {
+    let (took, delay) = match bound {
+        Some(_) => beside_a_sleeper(measure),
+        None => (measure(), Duration::ZERO),
+    };
+    Ok(Act {
         name: name.to_owned(),
-        took,
+        took: took?,
         bound,
-    }
+        delay,
+    })
+}
+
+/// Runs `work`. Returns also how late a thread that only sleeps woke meanwhile, at worst.
+fn beside_a_sleeper<T>(work: impl FnOnce() -> T) -> (T, Duration) {
+    const NAP: Duration = Duration::from_millis(1);
+
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let sleeper = scope.spawn(|| {
+            let mut worst = Duration::ZERO;
+            while !over.load(Ordering::Acquire) {
+                let began = Instant::now();
+                thread::sleep(NAP);
+                worst = worst.max(began.elapsed().saturating_sub(NAP));
+            }
+            worst
+        });
+        let result = work();
+        over.store(true, Ordering::Release);
+        let worst = sleeper.join();
+        (result, worst.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
 }
 
 fn histogram() -> io::Result<Histogram<u64>> {

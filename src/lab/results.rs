@@ -131,12 +131,17 @@ pub struct Act {
     pub took: Histogram<u64>,
     /// What none of them may exceed, if something is promised.
     pub bound: Option<Duration>,
+    /// How late a thread that only slept woke meanwhile, at worst; zero where nothing is promised.
+    pub delay: Duration,
 }
 
 impl Act {
-    /// Whether all kept the bound; `None` if nothing is promised.
+    /// Whether all kept the bound; `None` if nothing is promised, or if the machine was too busy to
+    /// judge: each of the many steps of an act waits as a sleeping thread does.
     pub fn kept(&self) -> Option<bool> {
-        self.bound.map(|bound| u128::from(self.took.max()) <= bound.as_nanos())
+        let bound = self.bound?;
+        let kept = u128::from(self.took.max()) <= bound.as_nanos();
+        (kept || self.delay <= bound / 10).then_some(kept)
     }
 }
 
@@ -229,6 +234,7 @@ mod json {
                 "name": self.name,
                 "bound_ms": self.bound.map(|bound| bound.as_secs_f64() * 1e3),
                 "kept": self.kept(),
+                "machine_delay_ms": self.delay.as_secs_f64() * 1e3,
                 "took": quantiles_json(&self.took),
             })
         }
@@ -247,9 +253,17 @@ mod tests {
             name: "stop".to_owned(),
             took: took.clone(),
             bound: Some(Duration::from_nanos(nanos)),
+            delay: Duration::ZERO,
         };
         assert_eq!(act(1_000).kept(), Some(true));
         assert_eq!(act(999).kept(), Some(false));
+        let busy = |nanos, delay| Act {
+            delay: Duration::from_nanos(delay),
+            ..act(nanos)
+        };
+        assert_eq!(busy(990, 99).kept(), Some(false), "the delay is too short to excuse it");
+        assert_eq!(busy(990, 100).kept(), None, "the machine was too busy to judge");
+        assert_eq!(busy(1_000, 5_000).kept(), Some(true), "kept in spite of that");
         assert_eq!(Act { bound: None, ..act(1) }.kept(), None);
     }
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::linux::fs::MetadataExt;
 use std::panic;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::thread;
 
@@ -66,6 +66,8 @@ impl Sandbox {
 /// A network namespace beside the caller's, held by a descriptor; it vanishes when that and all devices and sockets from it are closed.
 pub struct Namespace {
     fd: OwnedFd,
+    /// What it was opened by.
+    path: Option<PathBuf>,
 }
 
 impl Namespace {
@@ -89,13 +91,17 @@ impl Namespace {
         HOST.get_or_init(|| current_inode().unwrap_or(0));
         let path = path.as_ref();
         let file = fs::File::open(path).map_err(|error| told(&path.display().to_string(), &error))?;
-        Ok(Self { fd: file.into() })
+        Ok(Self {
+            fd: file.into(),
+            path: Some(path.to_owned()),
+        })
     }
 
     /// The namespace of the calling thread, held by a descriptor.
     pub fn current() -> io::Result<Self> {
         Ok(Self {
             fd: netns::current_net()?,
+            path: None,
         })
     }
 
@@ -112,7 +118,17 @@ impl Namespace {
 
     /// Moves the calling thread into this namespace, for good.
     pub fn enter(&self) -> io::Result<()> {
-        netns::enter_net(self.fd.as_fd()).map_err(|error| told("setns(CLONE_NEWNET)", &error))
+        netns::enter_net(self.fd.as_fd()).map_err(|error| match (&self.path, error.raw_os_error()) {
+            (None, _) => told("setns(CLONE_NEWNET)", &error),
+            (Some(path), Some(libc::EINVAL)) => io::Error::new(
+                error.kind(),
+                format!(
+                    "setns({}): {error}: not a network namespace; name a file such as /run/netns/blue",
+                    path.display()
+                ),
+            ),
+            (Some(path), _) => told(&format!("setns({})", path.display()), &error),
+        })
     }
 }
 

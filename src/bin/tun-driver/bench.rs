@@ -20,7 +20,7 @@ use tun_driver::lab::ways::{ByWorker, IfaceLoop, PollLoop};
 use tun_driver::{Backend, Support, Wait, Worker, WorkerConfig};
 
 use crate::doctor::need_node;
-use crate::{Failure, report, results_folder, until_interrupted};
+use crate::{DEBUG_BUILD, Failure, report, results_folder, until_interrupted, warn_of_debug_build};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -91,6 +91,8 @@ pub(crate) struct Results {
     pub(crate) command: String,
     pub(crate) began: SystemTime,
     pub(crate) quick: bool,
+    /// The program was built without optimisation.
+    pub(crate) debug_build: bool,
     pub(crate) rounds: usize,
     pub(crate) rootless: bool,
     pub(crate) seconds: f64,
@@ -122,6 +124,7 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let sandbox = Sandbox::enter().map_err(|error| Failure::Lacking(format!("no network namespace: {error}")))?;
     // The results' folder is made first, so that a run does not end with nowhere to write.
     results_folder(&options.out)?;
+    warn_of_debug_build();
     let start = Instant::now();
     // After the sandbox: the handler is a thread.
     let stop = until_interrupted()?;
@@ -141,7 +144,17 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         write!(out, "{}", report::text(&results))?;
         writeln!(out, "\nwritten to {}: {}", options.out.display(), report::FILES)?;
     }
-    outcome
+    outcome?;
+    // Written as "NOT KEPT"; where the machine was too busy to judge, the report says that.
+    let acts = results.acts.iter().flat_map(|acts| &acts.rows);
+    let missed: Vec<String> = acts
+        .filter(|act| act.kept() == Some(false))
+        .map(|act| format!("“{}” took longer than promised", act.name))
+        .collect();
+    match missed.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::Missed(missed.join(", "))),
+    }
 }
 
 /// Results in which nothing is measured yet.
@@ -152,6 +165,7 @@ fn empty(options: &Options, sandbox: &Sandbox, machine: Machine) -> Results {
         command: command(),
         began: SystemTime::now(),
         quick: options.quick,
+        debug_build: DEBUG_BUILD,
         rounds: options.rounds.map_or(default_rounds, |rounds| rounds as usize),
         rootless: sandbox.is_rootless(),
         seconds: 0.0,
@@ -366,7 +380,7 @@ struct Course<'a> {
     number: usize,
     count: usize,
     stop: &'a AtomicBool,
-    /// Where it was interrupted.
+    /// Where it was interrupted, with the number of that case.
     cut: Option<String>,
 }
 
@@ -380,7 +394,9 @@ impl Course<'_> {
     ) -> Result<T, Failure> {
         self.number += 1;
         if self.stop.load(Ordering::Relaxed) {
-            self.cut.get_or_insert_with(|| format!("before “{title}”"));
+            let (number, count) = (self.number, self.count);
+            self.cut
+                .get_or_insert_with(|| format!("before “{title}”, case {number} of {count}"));
         }
         self.end()?;
         let bar = if io::stderr().is_terminal() {
@@ -406,7 +422,7 @@ impl Course<'_> {
         });
         bar.finish_and_clear();
         if stopped {
-            self.cut = Some(format!("in “{title}”"));
+            self.cut = Some(format!("in “{title}”, case {} of {}", self.number, self.count));
         }
         match result {
             Err(error) if Stopped::is(&error) => {
@@ -420,10 +436,7 @@ impl Course<'_> {
     /// Fails if it was interrupted.
     fn end(&self) -> Result<(), Failure> {
         match &self.cut {
-            Some(place) => Err(Failure::Interrupted(format!(
-                "interrupted {place}, {} of {} cases",
-                self.number, self.count
-            ))),
+            Some(place) => Err(Failure::Interrupted(format!("interrupted {place}"))),
             None => Ok(()),
         }
     }

@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use tun_driver::lab::generator::{self, Config, Generated, Generator, Limit, Way};
 
-use crate::{Failure, number, per_second, seconds, until_interrupted};
+use crate::{Failure, number, per_second, positive, seconds, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -31,7 +31,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = seconds, conflicts_with = "count")]
     duration: Duration,
     /// How many packets, however long it takes.
-    #[arg(long, value_name = "N", value_parser = number)]
+    #[arg(long, value_name = "N", value_parser = positive)]
     count: Option<u64>,
     /// The CPU to send from.
     #[arg(long, value_name = "N")]
@@ -95,7 +95,16 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         (_, Some(libc::EMFILE)) => Failure::Failed(format!(
             "{error}: each flow takes a descriptor; raise the limit (ulimit -n) or ask for fewer flows"
         )),
-        _ => Failure::Failed(format!("{}: {error}", options.target)),
+        (_, Some(libc::EADDRNOTAVAIL | libc::EADDRINUSE)) if options.source.is_some() => Failure::Failed(format!(
+            "--source {}: {error}: give this host the address, or name an address and a port \
+                 that are free here, for {} flows",
+            options.source.unwrap_or(options.target),
+            options.flows
+        )),
+        (_, Some(libc::ENETUNREACH | libc::EHOSTUNREACH)) => {
+            Failure::Failed(format!("--target {}: {error}: add a route to it", options.target))
+        }
+        _ => Failure::Failed(format!("--target {}: {error}", options.target)),
     };
     let ceiling = options
         .ceiling

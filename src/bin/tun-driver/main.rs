@@ -1,6 +1,7 @@
 //! The tool `tun-driver`: what this host can do, and how fast it does it.
 //!
-//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit that the caller set was missed, 77 the
+//! Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit was missed,
+//! the caller's or a promised one, 77 the
 //! host lacks something, 130 interrupted before it was complete (what was measured by then is
 //! written, and marked).
 
@@ -151,6 +152,16 @@ fn results_folder(folder: &Path) -> Result<(), Failure> {
     fs::write(&probe, "")
         .and_then(|()| fs::remove_file(&probe))
         .map_err(failed)
+}
+
+/// Whether this program was built without optimisation.
+const DEBUG_BUILD: bool = cfg!(debug_assertions);
+
+/// Says on standard error that figures of a debug build mean nothing.
+fn warn_of_debug_build() {
+    if DEBUG_BUILD {
+        eprintln!("debug build: figures mean nothing; build with --release");
+    }
 }
 
 /// A flag that Ctrl-C sets, or SIGTERM or SIGHUP. Once per process.

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tun_driver::lab::process;
 use tun_driver::lab::receiver::{Receiver, SocketReceiver, Until};
 
-use crate::{Failure, number, per_second, report, seconds, until_interrupted};
+use crate::{Failure, per_second, positive, report, seconds, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -22,7 +22,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
     flows: u32,
     /// End when as many packets have come. Those of them that are missing at the end count as lost.
-    #[arg(long, value_name = "N", value_parser = number)]
+    #[arg(long, value_name = "N", value_parser = positive)]
     count: Option<u64>,
     /// End after this time, in seconds.
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
@@ -63,7 +63,11 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let books = Receiver::new(options.flows as usize).verify(options.verify);
     let mut receiver = SocketReceiver::bind(options.listen, books).map_err(|error| match error.raw_os_error() {
         Some(libc::EAFNOSUPPORT) => Failure::Lacking(format!("the address family of {}: {error}", options.listen)),
-        _ => Failure::Failed(format!("{}: {error}", options.listen)),
+        Some(libc::EADDRNOTAVAIL) => Failure::Failed(format!(
+            "--listen {}: {error}: give this host the address, or name one that it has",
+            options.listen
+        )),
+        _ => Failure::Failed(format!("--listen {}: {error}", options.listen)),
     })?;
     eprintln!("listening on {}", receiver.address()?);
     let cpu = process::thread_cpu_time();
@@ -89,22 +93,18 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     if options.json {
         writeln!(out, "{:#}", to_json(options, &results))?;
     } else {
-        writeln!(
-            out,
-            "{}; {:.4} % lost ({} of them at this socket), {:.0}/s",
-            results.receiver,
-            results.loss_percent(),
-            results.dropped,
-            results.rate()
-        )?;
+        writeln!(out, "{}", results.line())?;
     }
-    if let Some(most) = options.max_loss
-        && results.loss_percent() > most
-    {
-        return Err(Failure::Missed(format!(
-            "{:.4} % were lost, more than {most} %",
-            results.loss_percent()
-        )));
+    match (options.max_loss, results.loss_percent()) {
+        (Some(most), Some(loss)) if loss > most => {
+            return Err(Failure::Missed(format!("{loss:.4} % were lost, more than {most} %")));
+        }
+        (Some(most), None) => {
+            return Err(Failure::Missed(format!(
+                "no packet came, so it is unknown whether more than {most} % were lost"
+            )));
+        }
+        _ => {}
     }
     match options.min_rate {
         Some(least) if results.rate() < least => Err(Failure::Missed(format!(
@@ -141,13 +141,30 @@ impl Results {
         summary.lost.max(missing)
     }
 
-    /// Of what was sent as far as can be told. All, where nothing came.
-    fn loss_percent(&self) -> f64 {
+    /// Of what was sent as far as can be known; `None` where nothing is known to have been sent.
+    fn loss_percent(&self) -> Option<f64> {
         let (lost, received) = (self.lost(), self.receiver.summary().received);
-        match lost + received {
-            0 => 100.0,
-            sent => lost as f64 / sent as f64 * 100.0,
+        let sent = lost + received;
+        (sent > 0).then(|| lost as f64 / sent as f64 * 100.0)
+    }
+
+    fn line(&self) -> String {
+        let summary = self.receiver.summary();
+        if summary.received + summary.damaged + summary.foreign > 0 {
+            let loss = self.loss_percent().map(|loss| format!("; {loss:.4} % lost"));
+            let (loss, rate) = (loss.unwrap_or_default(), self.rate());
+            let dropped = self.dropped;
+            return format!(
+                "{}{loss} ({dropped} of them at this socket), {rate:.0}/s",
+                self.receiver
+            );
         }
+        let expected = self.expected.map(|count| format!(" of {count}")).unwrap_or_default();
+        let dropped = match self.dropped {
+            0 => "check the route to this address, and that `generate` sends to it".to_owned(),
+            dropped => format!("{dropped} were dropped at this socket"),
+        };
+        format!("no packet came{expected}: {dropped}")
     }
 
     fn rate(&self) -> f64 {

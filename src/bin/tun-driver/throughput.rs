@@ -17,7 +17,7 @@ use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Support, Wait, WorkerConfig};
 
 use crate::doctor::need_node;
-use crate::{Failure, positive, report, results_folder, seconds, until_interrupted};
+use crate::{Failure, positive, report, results_folder, seconds, until_interrupted, warn_of_debug_build};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -75,11 +75,11 @@ pub(crate) struct Options {
     #[arg(long = "gen", value_enum, default_value = "auto")]
     generator: GeneratorName,
     /// Threads of pktgen.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    threads: usize,
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1_024))]
+    threads: u16,
     /// The generator's CPU; the first thread's, for pktgen.
     #[arg(long, value_name = "CPU", default_value_t = 0)]
-    first_thread: usize,
+    first_thread: u16,
     /// Keep what pktgen is configured to do already.
     #[arg(long)]
     append: bool,
@@ -270,9 +270,10 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         return dry_run(options, &layout);
     }
     need_node(&Support::probe())?;
-    let stop = until_interrupted()?;
     let source = check(options, &layout)?;
     results_folder(&options.out)?;
+    warn_of_debug_build();
+    let stop = until_interrupted()?;
     let mut run = Run {
         options,
         layout,
@@ -425,7 +426,17 @@ fn check(options: &Options, layout: &Layout) -> Result<(Source, String), Failure
             ));
         }
         name => match there()? {
-            Ok(()) => (Source::Pktgen, "pktgen".to_owned()),
+            Ok(()) => {
+                let (first, threads) = (options.first_thread, options.threads);
+                let missing = gen_side.run(|| pktgen::missing_thread(first.into(), threads.into()))?;
+                if let Some(thread) = missing {
+                    return Err(Failure::Usage(format!(
+                        "--threads {threads}, --first-thread {first}: pktgen has no thread \
+                         kpktgend_{thread}, but one for each CPU; ask for fewer"
+                    )));
+                }
+                (Source::Pktgen, "pktgen".to_owned())
+            }
             Err(why) if name == GeneratorName::Auto => (Source::Builtin, format!("builtin ({why})")),
             Err(why) => return Err(Failure::Lacking(why)),
         },
@@ -446,8 +457,8 @@ fn dry_run(options: &Options, layout: &Layout) -> Result<(), Failure> {
             target: layout.target,
             flows: options.flows.min(65_535) as u16,
             frame: bytes - 4,
-            first_thread: options.first_thread,
-            threads: options.threads,
+            first_thread: options.first_thread.into(),
+            threads: options.threads.into(),
             rate: options.rate,
             count: options.count.unwrap_or(0),
             checksum: options.udp_checksum,
@@ -487,8 +498,8 @@ impl Run<'_> {
             flows: options.flows as usize,
             size: options.sizes[0],
             source: self.source,
-            threads: options.threads,
-            first_thread: options.first_thread,
+            threads: options.threads.into(),
+            first_thread: options.first_thread.into(),
             verify: options.verify,
             checksum: options.udp_checksum,
             append: options.append,

@@ -260,7 +260,7 @@ impl FromStr for Mode {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let found = Self::ALL.into_iter().find(|mode| mode.to_string() == text);
-        found.ok_or_else(|| format!("{text}: a mode is one of recv, recv-many, send, send-many, echo, forward"))
+        found.ok_or_else(|| format!("{text:?}: a mode is one of recv, recv-many, send, send-many, echo, forward"))
     }
 }
 
@@ -291,7 +291,7 @@ impl FromStr for Size {
             return Ok(Self::Imix);
         }
         let bytes = text.parse().ok().filter(|bytes| (64..=1_518).contains(bytes));
-        let bytes = bytes.ok_or_else(|| format!("{text}: a frame has 64 to 1518 bytes, or is of the imix"))?;
+        let bytes = bytes.ok_or_else(|| format!("{text:?}: a frame has 64 to 1518 bytes, or is of the imix"))?;
         Ok(Self::Frame(bytes))
     }
 }

@@ -76,6 +76,11 @@ pub fn available() -> Result<(), String> {
         })
 }
 
+/// The first of these threads that the calling thread's namespace does not have.
+pub fn missing_thread(first: usize, threads: usize) -> Option<usize> {
+    (first..first + threads).find(|thread| !fs::exists(format!("{FOLDER}/kpktgend_{thread}")).unwrap_or(false))
+}
+
 impl Config {
     /// The lines that are written, each with the file it goes to, in order; `start` is not among them.
     pub fn lines(&self) -> Vec<(String, String)> {

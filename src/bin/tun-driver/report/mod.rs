@@ -102,6 +102,12 @@ fn provenance(results: &Results) -> Vec<(&'static str, String)> {
         ),
         ("Command", results.command.clone()),
     ]);
+    if results.debug_build {
+        lines.push((
+            "DEBUG BUILD",
+            "the figures mean nothing; build with --release".to_owned(),
+        ));
+    }
     if results.quick {
         lines.push((
             "Quick run",

@@ -105,6 +105,7 @@ pub(super) fn results() -> Results {
         rounds: 20,
         rootless: false,
         seconds: 412.0,
+        debug_build: false,
         incomplete: None,
         missing: vec![],
         outcomes,
@@ -228,6 +229,7 @@ fn acts(noise: &mut Noise) -> Acts {
         name: name.to_owned(),
         took: histogram(noise, 200, nanos),
         bound,
+        delay: Duration::ZERO,
     };
     Acts {
         title: "stop and wake".to_owned(),

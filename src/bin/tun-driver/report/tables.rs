@@ -354,7 +354,11 @@ pub(super) fn acts(acts: &Acts) -> Table {
                         .replace(".0 ", " ")
                 )
             }
-            _ => "–".to_owned(),
+            (Some(_), None) => format!(
+                "not judged: the machine was busy, a sleeping thread woke {} late",
+                numbers::time(act.delay.as_nanos() as f64)
+            ),
+            (None, _) => "–".to_owned(),
         };
         vec![
             Cell::of(&act.name),
@@ -378,6 +382,8 @@ pub(super) fn acts(acts: &Acts) -> Table {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use hdrhistogram::Histogram;
     use tun_driver::lab::results::Act;
 
@@ -415,6 +421,7 @@ mod tests {
                 name: String::new(),
                 took,
                 bound: None,
+                delay: Duration::ZERO,
             }];
             acts(&Acts {
                 title: String::new(),

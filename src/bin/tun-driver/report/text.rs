@@ -91,7 +91,14 @@ mod tests {
             let acts = &results.acts[0];
             assert!(told.contains(&acts.title) && acts.rows.iter().all(|row| told.contains(&row.name)));
         }
-        assert!(!text(&results).contains("INCOMPLETE"));
+        assert!(!text(&results).contains("INCOMPLETE") && !text(&results).contains("DEBUG BUILD"));
+        let debug = Results {
+            debug_build: true,
+            ..sample::results()
+        };
+        for told in [text(&debug), markdown(&debug)] {
+            assert!(told.contains("DEBUG BUILD: the figures mean nothing"), "{told}");
+        }
         let cut = Results {
             incomplete: Some("interrupted in “receive”".to_owned()),
             ..sample::results()
