@@ -17,7 +17,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
-use tun_driver::{Batch, Builder, Mode, Offloads, PortErrorKind, PortId, Queue, Worker};
+use tun_driver::{Batch, Builder, Device, Mode, Offloads, PortErrorKind, PortId, Queue, Worker};
 
 /// How soon to try again when a device took no more.
 const RETRY: Duration = Duration::from_millis(1);
@@ -42,8 +42,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     let netns = cli.path("/run/netns/blue");
 
     let mut worker = Worker::new(&cli.worker_config())?;
-    let left = worker.attach(open(Builder::new(&left, Mode::Tun), left_address)?)?;
-    let right = worker.attach(open(Builder::new(&right, Mode::Tun).netns_path(netns), right_address)?)?;
+    let (queue, left_device) = open(Builder::new(&left, Mode::Tun), left_address)?;
+    let left = worker.attach(queue)?;
+    let (queue, right_device) = open(Builder::new(&right, Mode::Tun).netns_path(netns), right_address)?;
+    let right = worker.attach(queue)?;
+    let mut watch = cli::Watch::new([(left, left_device), (right, right_device)]);
     cli.stop_at_the_end(worker.waker())?;
     // Not always the names that were asked for: with "tun%d" the kernel puts a number.
     let name = |port| worker.queue(port).map_or("", |queue| queue.name());
@@ -62,9 +65,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     loop {
         // `wait` tells of packets to receive, not of room to send. So whoever still has packets comes back soon to try again.
         let waiting = ways.iter().any(|way| !way.batch.is_empty());
-        if worker.wait(waiting.then(|| worker.now() + RETRY))?.stopped {
+        let deadline = if waiting { worker.now() + RETRY } else { watch.due() };
+        if worker.wait(Some(deadline))?.stopped {
             break;
         }
+        watch.look(&worker);
         for way in &mut ways {
             forward(&mut worker, way)?;
         }
@@ -89,6 +94,10 @@ fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), String> {
         Ok(_) => {}
     }
     let sent = worker.send_many(way.to, &mut way.batch);
+    // Dropped and counted.
+    if let Some(error) = sent.refusal {
+        cli::print_passing(worker, way.to, &error);
+    }
     match sent.stopped {
         Some(error) if error.is_permanent() => return Err(cli::named(worker, way.to, &error)),
         // A wire to a device that is down does not store packets: they would arrive when nobody expects them any more.
@@ -99,8 +108,9 @@ fn forward(worker: &mut Worker, way: &mut Way) -> Result<(), String> {
     Ok(())
 }
 
-fn open(builder: Builder, address: Ipv4Addr) -> Result<Queue, Box<dyn Error>> {
+fn open(builder: Builder, address: Ipv4Addr) -> Result<(Queue, Option<Device>), Box<dyn Error>> {
     // Superpackets go from one device to the other as they are.
     let device = builder.offloads(Offloads::all()).address(address, 24).up(true).open()?;
-    Ok(device.into_queues().remove(0))
+    let handle = device.device().cloned();
+    Ok((device.into_queues().remove(0), handle))
 }

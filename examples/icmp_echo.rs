@@ -26,15 +26,19 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     // The kernel's own addresses; it sends the rest of both subnets to us, and we answer for all of it.
     let builder = Builder::new(&name, Mode::Tun).address(ipv4, 24).address(ipv6, 64);
-    let queue = builder.up(true).open()?.into_queues().remove(0);
+    let device = builder.up(true).open()?;
+    let handle = device.device().cloned();
+    let queue = device.into_queues().remove(0);
     // Not always the name that was asked for: with "tun%d" the kernel puts a number.
     let name = queue.name().to_owned();
     let mut port = queue.drive(&cli.worker_config())?;
     cli.stop_at_the_end(port.worker().waker())?;
     cli::print_ready(port.worker(), format_args!("{ipv4}/24 and {ipv6}/64 on {name}"));
 
+    let mut watch = cli::Watch::new([(port.id(), handle)]);
     let mut batch = Batch::with_capacity(64);
-    while !port.wait(None)?.stopped {
+    while !port.wait(Some(watch.due()))?.stopped {
+        watch.look(port.worker());
         match port.try_recv_many(&mut batch) {
             Ok(_) => {}
             // The device was deleted.
@@ -44,6 +48,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         // The request becomes the reply where it lies; what is no request is dropped.
         batch.retain_mut(|packet| reply(packet).is_some());
         let sent = port.send_many(&mut batch);
+        if let Some(error) = sent.refusal {
+            cli::print_passing(port.worker(), port.id(), &error);
+        }
         if let Some(error) = sent.stopped.filter(|error| error.is_permanent()) {
             return Err(cli::named(port.worker(), port.id(), &error).into());
         }

@@ -10,7 +10,7 @@
 mod cli;
 
 use std::error::Error;
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 
 use tun_driver::{Iface, Mode};
 
@@ -19,12 +19,14 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<(), Box<dyn Error>> {
-    let mut cli = cli::Cli::parse("per_packet [NAME] [--packets N]");
+    let mut cli = cli::Cli::parse("per_packet [NAME] [--packets N] [--seconds N]");
     let name: String = cli.word("mytun");
 
     let iface = Iface::new(&name, Mode::Tun)?;
     // Not always the name that was asked for: with "tun%d" the kernel puts a number.
     println!("created {}", iface.name());
+    // `recv` waits for a packet and for nothing else. The device goes with the process.
+    cli.call_at_the_end(|| process::exit(0))?;
 
     // The device's MTU, and four bytes of packet information in front of each packet: two of flags, and the EtherType.
     let mut buffer = vec![0; 1504];
@@ -34,11 +36,18 @@ fn run() -> Result<(), Box<dyn Error>> {
         let Some((info, packet)) = buffer[..len].split_at_checked(4) else {
             continue;
         };
+        // TUN_PKT_STRIP: the packet was longer than the buffer, and its rest is lost.
+        let cut = u16::from_ne_bytes([info[0], info[1]]) & 1 != 0;
         println!(
-            "EtherType {:02x}{:02x}, {} bytes: {packet:02x?}",
+            "EtherType {:02x}{:02x}, {} bytes{}: {packet:02x?}",
             info[2],
             info[3],
-            packet.len()
+            packet.len(),
+            if cut {
+                " of a longer packet, the MTU was raised"
+            } else {
+                ""
+            }
         );
     }
     Ok(())

@@ -37,13 +37,20 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut worker = Worker::new(&cli.worker_config())?;
     // An MTU with which a packet, our header, and those of UDP and IP fit into 1500 bytes.
     let builder = Builder::new(&name, Mode::Tun).mtu(1400).address(address, 24);
-    let queue = builder.up(true).open()?.into_queues().remove(0);
+    let device = builder.up(true).open()?;
+    let handle = device.device().cloned();
+    let queue = device.into_queues().remove(0);
     // Not always the name that was asked for: with "tun%d" the kernel puts a number.
     let name = queue.name().to_owned();
     let tun = worker.attach(queue)?;
-    let socket = UdpSocket::bind(local)?;
+    let mut watch = cli::Watch::new([(tun, handle)]);
+    let socket = UdpSocket::bind(local).map_err(|error| {
+        format!("bind({local}): {error}: give this host the address, or name one that it has as LOCAL")
+    })?;
     // A connected socket takes datagrams from the peer only, and what we send needs no address (else: `PacketBuf::set_peer`).
-    socket.connect(peer)?;
+    socket
+        .connect(peer)
+        .map_err(|error| format!("connect({peer}): {error}: add a route to PEER, or name another"))?;
     let udp = worker.attach(socket)?;
     cli.stop_at_the_end(worker.waker())?;
     cli::print_ready(&worker, format_args!("{address}/24 on {name}, {local} to {peer}"));
@@ -55,9 +62,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     loop {
         // `wait` tells of packets to receive, not of room to send: with packets left over, come back soon to try again.
         let retry = (!to_peer.is_empty() || !to_tun.is_empty()).then(|| worker.now() + RETRY);
-        if worker.wait(Some(retry.unwrap_or(keepalive_due)))?.stopped {
+        let due = keepalive_due.min(watch.due());
+        if worker.wait(Some(retry.unwrap_or(due)))?.stopped {
             break;
         }
+        watch.look(&worker);
         // `now` is when `wait` returned, and costs nothing.
         if worker.now() >= keepalive_due {
             keepalive_due = worker.now() + cli.keepalive();
@@ -174,7 +183,12 @@ impl Link {
 
 /// Sends from the front of the batch; what the kernel has no room for stays, in order. Fails if the port is gone.
 fn send(worker: &mut Worker, port: PortId, batch: &mut Batch) -> Result<(), String> {
-    match worker.send_many(port, batch).stopped {
+    let sent = worker.send_many(port, batch);
+    // Dropped and counted: a datagram that is longer than the path takes, say.
+    if let Some(error) = sent.refusal {
+        cli::print_passing(worker, port, &error);
+    }
+    match sent.stopped {
         Some(error) if error.is_permanent() => Err(cli::named(worker, port, &error)),
         // A device that is down takes nothing for as long as it likes; late packets would be of no use.
         Some(error) if error.kind() == PortErrorKind::Down => {

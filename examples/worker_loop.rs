@@ -26,7 +26,9 @@ fn run() -> Result<(), Box<dyn Error>> {
 
     // All settings of the device in one act: if one is refused, there is no device, and the error says why.
     let builder = Builder::new(&name, Mode::Tun).address(ipv4, 24).address(ipv6, 64);
-    let queue = builder.up(true).open()?.into_queues().remove(0);
+    let device = builder.up(true).open()?;
+    let handle = device.device().cloned();
+    let queue = device.into_queues().remove(0);
     // The worker lives on this thread, and the queue becomes its one port.
     // Not always the name that was asked for: with "tun%d" the kernel puts a number.
     let name = queue.name().to_owned();
@@ -34,10 +36,12 @@ fn run() -> Result<(), Box<dyn Error>> {
     cli.stop_at_the_end(port.worker().waker())?;
     cli::print_ready(port.worker(), format_args!("{ipv4}/24 and {ipv6}/64 on {name}"));
 
+    let mut watch = cli::Watch::new([(port.id(), handle)]);
     let mut batch = Batch::with_capacity(64);
     // `wait` sleeps until there is a packet, or until somebody uses the waker. (`recv_many` alone would wait too, but under a flood it never
     // comes back empty-handed, and would not tell of the stop.)
-    while !port.wait(None)?.stopped {
+    while !port.wait(Some(watch.due()))?.stopped {
+        watch.look(port.worker());
         match port.try_recv_many(&mut batch) {
             Ok(_) => {}
             // The device was deleted: it stays so, and asking again would spin.
@@ -48,6 +52,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         // What is not kept is dropped, and counted as discarded.
         batch.retain_mut(|packet| turn_round(packet).is_some());
         let sent = port.send_many(&mut batch);
+        if let Some(error) = sent.refusal {
+            cli::print_passing(port.worker(), port.id(), &error);
+        }
         if let Some(error) = sent.stopped.filter(|error| error.is_permanent()) {
             return Err(cli::named(port.worker(), port.id(), &error).into());
         }

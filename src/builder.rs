@@ -242,8 +242,9 @@ impl Builder {
 
     /// Opens the device and all its queues, and applies the settings. Flags are read back from each queue and compared.
     ///
-    /// A name that is in use by a TUN or TAP device is tried again for 200 ms: the device of a
-    /// program that was killed stays for a moment.
+    /// A name that is in use by a TUN or TAP device is tried again for at least 200 ms and ten
+    /// tries, each of which can wait for a lock of the kernel: the device of a program that was
+    /// killed stays for a moment.
     ///
     /// If any step fails, everything opened is closed, and a device that was created here is gone. Settings changed on a device that
     /// existed before ([`attach_existing`](Self::attach_existing)) stay changed.
@@ -262,7 +263,10 @@ impl Builder {
                 let entrance = file
                     .try_clone()
                     .map_err(|error| attach::os_error("fcntl(F_DUPFD_CLOEXEC)", &error))?;
-                in_netns(&file, || self.open_here(Some(entrance)))?
+                in_netns(&file, || self.open_here(Some(entrance))).map_err(|error| match netns {
+                    Netns::Path(path) => error.about(&path.display().to_string()),
+                    Netns::Descriptor(_) => error,
+                })?
             }
         }
     }

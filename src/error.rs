@@ -92,6 +92,14 @@ impl OpenError {
         }
     }
 
+    /// The same with the name of what it is about before the cause.
+    pub(crate) fn about(self, subject: &str) -> Self {
+        Self {
+            detail: format!("{subject}: {}", self.detail),
+            ..self
+        }
+    }
+
     /// The likely cause.
     pub fn kind(&self) -> OpenErrorKind {
         self.kind

@@ -70,7 +70,8 @@ pub struct Iface {
 
 impl Iface {
     /// Creates the device `ifname`, or attaches to an existing persistent one that nobody else has open, with four bytes of packet
-    /// information in front of each packet: two bytes of flags and the EtherType, both big-endian (`struct tun_pi`).
+    /// information in front of each packet (`struct tun_pi`): two bytes of flags in the byte order
+    /// of this machine, and the EtherType, big-endian.
     ///
     /// `ifname` may be a template with one `%d`, for which the kernel puts the lowest free number, or empty for `tun%d` or `tap%d`.
     /// [`name`](Self::name) says what came of it. The name ends at its first NUL, and is cut to 15 bytes.
@@ -80,19 +81,23 @@ impl Iface {
     /// Those of open(2) and of the TUNSETIFF ioctl. Each has an [`OpenError`](crate::OpenError)
     /// inside (`get_ref`), whose text names the call, the likely cause and a remedy, and whose
     /// `raw_os_error` is the errno; the [`kind`](io::Error::kind) is that of the errno.
-    /// `raw_os_error` of the [`io::Error`] itself is `None`, as of every one that has a text:
+    /// `raw_os_error` of the [`io::Error`] itself is `None`, since std keeps either a text or a
+    /// number. Its [`source`](std::error::Error::source) is the [`io::Error`] that has the number:
     ///
     /// ```no_run
-    /// use tun_driver::{Iface, Mode, OpenError};
+    /// use std::{error::Error, io};
+    /// use tun_driver::{Iface, Mode};
     ///
     /// let error = Iface::new("lo", Mode::Tun).unwrap_err();
-    /// let errno = error.get_ref().and_then(|inner| inner.downcast_ref::<OpenError>()?.raw_os_error());
+    /// let cause = error.source().and_then(|cause| cause.downcast_ref::<io::Error>());
+    /// let errno = cause.and_then(io::Error::raw_os_error);
     /// eprintln!("{error} ({errno:?})");
     /// ```
     ///
     /// * **EPERM**: the caller may not create devices here, which takes CAP_NET_ADMIN (run as root, or give the program the capability
     ///   by `setcap cap_net_admin+ep`); or the device exists and belongs to another user.
-    /// * **EBUSY**: the name is taken by a device that is in use, and was for 200 ms: the device of a program that was killed stays for a moment.
+    /// * **EBUSY**: the name is taken by a device that is in use, and was for at least 200 ms and
+    ///   ten tries: the device of a program that was killed stays for a moment.
     /// * EINVAL: the name is not one for a device, or belongs to a device of another kind (TAP and not TUN, Ethernet, multi-queue).
     /// * ENOENT, EACCES: `/dev/net/tun` is missing, or may not be opened by this user. ENODEV: the kernel has no `tun` driver loaded.
     pub fn new(ifname: &str, mode: Mode) -> io::Result<Self> {

@@ -24,6 +24,12 @@ const PATIENCE: Duration = Duration::from_secs(20);
 fn main() {
     let mut trials = vec![
         trial("per_packet prints what the stack sends", per_packet),
+        trial(
+            "per_packet says which packets are cut, and ends after its seconds",
+            per_packet_cut,
+        ),
+        trial("udp_tunnel names the address that cannot be used", udp_tunnel_addresses),
+        trial("a file that is no namespace is named", no_namespace),
         trial("a refusal is told in words", refusal_in_words),
         trial("an unknown option is refused", unknown_option),
         trial(
@@ -33,7 +39,9 @@ fn main() {
         trial("the name that was granted is printed", granted_name),
     ];
     type Check = fn(Backend);
-    let checks: [(&str, Check); 10] = [
+    let checks: [(&str, Check); 12] = [
+        ("a device that is moved to another namespace is reported", moved),
+        ("packets beyond a raised MTU are reported and counted", mtu_raised),
         ("worker_loop echoes UDP", worker_loop),
         ("icmp_echo answers ping", icmp_echo),
         ("icmp_echo answers only what it should", icmp_echo_is_choosy),
@@ -90,6 +98,60 @@ fn per_packet() {
     }
     let status = running.wait();
     assert!(status.success(), "{status}: {}", running.errors());
+}
+
+fn per_packet_cut() {
+    need_tun();
+    let mut running = example("per_packet", &["plain0", "--seconds", &seconds()]);
+    running.line("created plain0");
+    let netlink = Handle::new().unwrap();
+    let index = netlink.index_of("plain0").unwrap();
+    netlink.add_address(index, ip("198.18.9.1"), 24).unwrap();
+    netlink.set_mtu(index, 4000).unwrap();
+    netlink.set_up(index, true).unwrap();
+    let socket = UdpSocket::bind("198.18.9.1:0").unwrap();
+    for (length, told) in [
+        (1472, "EtherType 0800, 1500 bytes: "),
+        (1473, "EtherType 0800, 1500 bytes of a longer packet"),
+    ] {
+        socket.send_to(&vec![1; length], "198.18.9.2:9").unwrap();
+        running.line(told);
+    }
+    running.stop();
+    let mut running = example("per_packet", &["plain1", "--seconds", "1"]);
+    assert!(running.wait().success(), "it ends, though no packet comes");
+}
+
+fn udp_tunnel_addresses() {
+    need_tun();
+    for (local, peer, told) in [
+        ("10.9.9.9:4789", "127.0.0.1:9", "bind(10.9.9.9:4789): "),
+        ("0.0.0.0:0", "10.9.9.9:4789", "connect(10.9.9.9:4789): "),
+    ] {
+        let mut running = example(
+            "udp_tunnel",
+            &["t0", "198.18.4.1", local, peer, "--seconds", &seconds()],
+        );
+        assert_eq!(running.wait().code(), Some(1));
+        let errors = running.errors();
+        assert!(errors.starts_with(told), "{errors}");
+    }
+}
+
+fn no_namespace() {
+    need_tun();
+    for arguments in [
+        &["gateway", "/proc/self/status"][..],
+        &["forward", "l0", "r0", "198.18.3.1", "198.18.3.2", "/proc/self/status"],
+    ] {
+        let mut running = example(arguments[0], &arguments[1..]);
+        assert_eq!(running.wait().code(), Some(1));
+        let errors = running.errors();
+        assert!(
+            errors.contains("/proc/self/status: the file is not a network namespace"),
+            "{errors}"
+        );
+    }
 }
 
 fn refusal_in_words() {
@@ -468,6 +530,68 @@ fn end_with_device(backend: Backend) {
     }
 }
 
+/// The example goes on, says which device it was, and why nothing comes.
+fn moved(backend: Backend) {
+    let options = ["--seconds", &seconds(), "--backend", option(backend)];
+    let netlink = Handle::new().unwrap();
+    let right = Namespace::new().unwrap();
+    let away = Namespace::new().unwrap();
+    let netns = path_of(&right);
+    let forward = ["left0", "right0", "198.18.3.1", "198.18.3.2", &netns];
+    let tunnel = ["tunnel0", "198.18.4.1", "127.0.0.1:4789", "127.0.0.1:4790"];
+    for (name, arguments, device) in [
+        ("worker_loop", &["echo0"][..], "echo0"),
+        ("icmp_echo", &["ping0"], "ping0"),
+        ("forward", &forward, "left0"),
+        ("udp_tunnel", &tunnel, "tunnel0"),
+    ] {
+        let mut running = example(name, &[arguments, &options].concat());
+        running.line("ready");
+        let mut errors = BufReader::new(running.child.stderr.take().unwrap());
+        netlink
+            .move_to_namespace(netlink.index_of(device).unwrap(), away.as_fd())
+            .unwrap();
+        // Its end, after its seconds at the latest, closes the pipe.
+        let mut line = String::new();
+        while !line.contains("another network namespace") {
+            line.clear();
+            assert_ne!(errors.read_line(&mut line).unwrap(), 0, "{name} says nothing");
+        }
+        assert!(line.starts_with(&format!("{device}: ")), "which device: {line}");
+        running.stop();
+    }
+}
+
+fn mtu_raised(backend: Backend) {
+    let options = ["--seconds", &seconds(), "--backend", option(backend)];
+    let netlink = Handle::new().unwrap();
+    let tunnel = ["tunnel0", "198.18.4.1", "127.0.0.1:4789", "127.0.0.1:4790"];
+    for (name, arguments, device, near, far) in [
+        ("worker_loop", &["echo0"][..], "echo0", "198.18.1.1:0", "198.18.1.2:7"),
+        ("icmp_echo", &["ping0"], "ping0", "198.18.2.1:0", "198.18.2.2:7"),
+        ("udp_tunnel", &tunnel, "tunnel0", "198.18.4.1:0", "198.18.4.2:7"),
+    ] {
+        let mut running = example(name, &[arguments, &options].concat());
+        running.line("ready");
+        let index = netlink.index_of(device).unwrap();
+        netlink.set_mtu(index, 9000).unwrap();
+        let socket = socket(near);
+        let mut errors = BufReader::new(running.child.stderr.take().unwrap());
+        (0..20).for_each(|_| assert_eq!(socket.send_to(&[1; 5000], far).unwrap(), 5000));
+        // Its end, after its seconds at the latest, closes the pipe.
+        let mut line = String::new();
+        while !line.contains("longer than the buffers") {
+            line.clear();
+            assert_ne!(errors.read_line(&mut line).unwrap(), 0, "{name} says nothing");
+        }
+        assert!(line.starts_with(&format!("{device}: ")), "which device: {line}");
+        let counters = running.stop();
+        let line = line_of(&counters, &format!("{device}:")).replace('(', "");
+        // Those that it had not come to by then are not among them.
+        assert!((1..=20).contains(&value(&line.replace(')', ""), "truncated")), "{line}");
+    }
+}
+
 /// Two namespaces joined by a veth pair: this one at 10.0.0.1, the other one at 10.0.0.2.
 struct Pair {
     other: Namespace,
@@ -572,7 +696,10 @@ fn gateway(backend: Backend) {
     }
     let report = running.stop();
     assert!(report.contains("the engine stops"), "{report}");
-    for worker in ["left0:q0: clean", "left0:q1: clean"] {
+    for worker in [
+        "worker 0 (left0:q0, right0:q0): clean",
+        "worker 1 (left0:q1, right0:q1): clean",
+    ] {
         line_of(&report, worker);
     }
     let total = line_of(&report, "total: ");

@@ -10,7 +10,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use std::{env, fmt, thread, vec};
 
-use tun_driver::{Backend, PortError, PortId, Waker, Worker, WorkerConfig};
+use tun_driver::{Backend, Device, PortError, PortId, Waker, Worker, WorkerConfig};
 
 /// The command line: words in their order, and options anywhere between them.
 pub struct Cli {
@@ -119,6 +119,55 @@ impl Cli {
     fn refuse(&self, what: &OsStr) -> ! {
         eprintln!("{what:?} is not understood\nusage: {}", self.usage);
         process::exit(2)
+    }
+}
+
+/// Notices that a device was moved to another network namespace. Its port goes on there, and hears
+/// nothing of it: the device is down, without addresses, and no packet comes. (An engine reports
+/// it as `Event::Moved`.)
+pub struct Watch {
+    devices: Vec<(PortId, Device)>,
+    due: Instant,
+}
+
+impl Watch {
+    /// How often it looks.
+    const INTERVAL: Duration = Duration::from_millis(500);
+
+    /// Watches the devices of these ports.
+    pub fn new(devices: impl IntoIterator<Item = (PortId, Option<Device>)>) -> Self {
+        let devices = devices.into_iter();
+        Self {
+            devices: devices.filter_map(|(port, device)| Some((port, device?))).collect(),
+            due: Instant::now() + Self::INTERVAL,
+        }
+    }
+
+    /// When to call [`look`](Self::look) again.
+    pub fn due(&self) -> Instant {
+        self.due
+    }
+
+    /// Prints each move once.
+    pub fn look(&mut self, worker: &Worker) {
+        if worker.now() < self.due {
+            return;
+        }
+        self.due = worker.now() + Self::INTERVAL;
+        self.devices.retain(|(port, device)| {
+            let Err(error) = device.current_name() else {
+                return true;
+            };
+            // The queue still has its device, so that was not deleted. Deletion ends the port.
+            if worker.queue(*port).is_some_and(|queue| queue.current_name().is_ok()) {
+                let name = worker.port_name(*port).unwrap_or_default();
+                eprintln!(
+                    "{name}: {error}: the device was moved to another network namespace; move it \
+                     back, or set it up there and give it its address"
+                );
+            }
+            false
+        });
     }
 }
 

@@ -118,6 +118,8 @@ impl fmt::Display for WorkerEnd {
 pub struct WorkerReport {
     /// Its name.
     pub name: String,
+    /// Its queues and sockets when it ended, as in `gw0:q1`; none if it never served, or lost all.
+    pub ports: Vec<String>,
     /// How it ended.
     pub end: WorkerEnd,
     /// Packets that had come and that no handler saw: they were taken out and dropped at the end, at most 4,096 of each port.
@@ -135,11 +137,26 @@ impl WorkerReport {
         let total = stats.total();
         Self {
             name: name.to_owned(),
+            ports: stats.ports.iter().map(|port| port.name.clone()).collect(),
             end,
             undelivered,
             truncated: total.truncated,
             bad_headers: total.bad_headers,
             discarded: stats.counters.discarded,
+        }
+    }
+
+    /// Its ports, or its name if it has none; a long list is cut.
+    fn served(&self) -> String {
+        /// Ports that are listed.
+        const LISTED: usize = 4;
+
+        let listed = self.ports.iter().take(LISTED).map(String::as_str);
+        let listed = listed.collect::<Vec<_>>().join(", ");
+        match self.ports.len() {
+            0 => self.name.clone(),
+            1..=LISTED => listed,
+            ports => format!("{listed} and {} more", ports - LISTED),
         }
     }
 
@@ -180,8 +197,14 @@ impl StopReport {
 impl fmt::Display for StopReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut sum = WorkerReport::new("total", WorkerEnd::Clean, 0, &WorkerStats::default());
-        for worker in &self.workers {
-            write!(f, "{}: {}, {} undelivered", worker.name, worker.end, worker.undelivered)?;
+        for (number, worker) in self.workers.iter().enumerate() {
+            write!(
+                f,
+                "worker {number} ({}): {}, {} undelivered",
+                worker.served(),
+                worker.end,
+                worker.undelivered
+            )?;
             worker.losses(f)?;
             writeln!(f)?;
             sum.truncated += worker.truncated;
@@ -196,5 +219,35 @@ impl fmt::Display for StopReport {
         )?;
         sum.losses(f)?;
         write!(f, "; stopped in {:.1} ms", self.took.as_secs_f64() * 1e3)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(ports: usize) -> String {
+        let worker = WorkerReport {
+            ports: (0..ports).map(|number| format!("gw{number}:q1")).collect(),
+            ..WorkerReport::new("tun-worker1", WorkerEnd::Clean, 0, &WorkerStats::default())
+        };
+        StopReport {
+            workers: vec![worker],
+            stats: Stats::default(),
+            took: Duration::ZERO,
+        }
+        .to_string()
+    }
+
+    #[test]
+    fn a_stop_names_the_ports_of_each_worker_and_counts_those_beyond_a_handful() {
+        for (ports, told) in [
+            (0, "worker 0 (tun-worker1): clean"),
+            (2, "worker 0 (gw0:q1, gw1:q1): clean"),
+            (4, "worker 0 (gw0:q1, gw1:q1, gw2:q1, gw3:q1): clean"),
+            (22, "worker 0 (gw0:q1, gw1:q1, gw2:q1, gw3:q1 and 18 more): clean"),
+        ] {
+            assert!(report(ports).starts_with(told), "{}", report(ports));
+        }
     }
 }

@@ -57,6 +57,8 @@ impl<H: Handler> Thread<H> {
             self.shared.worker_failing();
         }
         // Before anybody is told: the queues, so that their flows go elsewhere.
+        let ports = self.worker.stats().ports.into_iter().map(|port| port.name);
+        let ports = ports.collect();
         let undelivered = self.take_rest();
         let stats = self.worker.stats();
         let closed = self.worker.close();
@@ -78,7 +80,10 @@ impl<H: Handler> Thread<H> {
             (true, Some(why)) => WorkerEnd::Failed(why),
             (true, None) => WorkerEnd::Clean,
         };
-        WorkerReport::new(&self.name, end, undelivered, &stats)
+        WorkerReport {
+            ports,
+            ..WorkerReport::new(&self.name, end, undelivered, &stats)
+        }
     }
 
     fn serve(&mut self, handler: &mut H) -> io::Result<()> {
