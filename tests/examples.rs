@@ -235,7 +235,7 @@ fn worker_loop(backend: Backend) {
         ("198.18.1.1:0", "198.18.1.2:7"),
         ("[fd00:18:1::1]:0", "[fd00:18:1::77]:4242"),
     ] {
-        await_address(own.parse().unwrap());
+        await_address(own.parse::<SocketAddr>().unwrap().ip());
         let socket = socket(own);
         let far: SocketAddr = far.parse().unwrap();
         for number in 0..DATAGRAMS / 2 {

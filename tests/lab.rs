@@ -341,8 +341,8 @@ fn veth_between_namespaces() {
     netlink.wait_running(near, Duration::from_secs(10)).unwrap();
     there.wait_running(far, Duration::from_secs(10)).unwrap();
     // Until then its owner drops what comes.
-    await_address("[fd00::1]:0".parse().unwrap());
-    other.run(|| await_address("[fd00::2]:0".parse().unwrap())).unwrap();
+    await_address("fd00::1".parse().unwrap());
+    other.run(|| await_address("fd00::2".parse().unwrap())).unwrap();
     let near_mac = netlink.link(near).unwrap().mac.unwrap();
     let far_mac = there.link(far).unwrap().mac.unwrap();
     netlink.add_neighbour(near, ip("10.0.0.2"), far_mac).unwrap();
@@ -633,7 +633,7 @@ fn tun_to_catcher() {
     let netlink = Handle::new().unwrap();
     let tun = Iface::new("tun%d", Mode::Tun).unwrap();
     tun_up(&tun, &netlink);
-    await_address("[fd00::1]:0".parse().unwrap());
+    await_address("fd00::1".parse().unwrap());
     for (source, target, least) in [
         ("10.0.0.2:4000", "10.0.0.1:5000", packet::MIN_IPV4),
         ("[fd00::2]:4000", "[fd00::1]:5000", packet::MIN_IPV6),

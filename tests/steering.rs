@@ -296,7 +296,7 @@ fn ipv6() {
         .up(true)
         .open()
         .unwrap();
-    common::await_address("[fd00:6::1]:0".parse().unwrap());
+    common::await_address("fd00:6::1".parse().unwrap());
     let engine = start(vec![device], 1, Answer::Nothing);
     let client = UdpSocket::bind("[fd00:6::1]:0").unwrap();
     for flow in 0..32 {

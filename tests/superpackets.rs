@@ -12,7 +12,7 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use common::{Trial, again, need_backend, need_receive_buffer, repeats, skip, trial};
+use common::{Trial, again, await_address, need_backend, need_receive_buffer, repeats, skip, trial};
 use tun_driver::lab::{Namespace, sysctl};
 use tun_driver::netlink::Handle;
 use tun_driver::offload::{Link, Meta, VnetHdr, vnet};
@@ -163,7 +163,9 @@ impl Wire {
                         drop(before.open().unwrap());
                         device = device.attach_existing(true);
                     }
-                    device.address(v6, 64).up(true).open().unwrap()
+                    let device = device.address(v6, 64).up(true).open().unwrap();
+                    await_address(v6.into());
+                    device
                 })
                 .unwrap()
         };

@@ -7,7 +7,7 @@ mod offer;
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -108,7 +108,7 @@ impl Far {
         netlink.set_up(index, true).unwrap();
         netlink.add_address(index, v4(0, 1), 8).unwrap();
         netlink.add_address(index, v6(0, 1), 64).unwrap();
-        common::await_address(SocketAddr::new(v6(0, 1), 0));
+        common::await_address(v6(0, 1));
         let far = Self { queue, index };
         // What went out before the address was the host's.
         far.drain();
@@ -544,11 +544,11 @@ fn answers_from_the_asked_address(backend: Backend) {
     let netlink = Handle::new().unwrap();
     netlink.add_address(far.index, v4(0, 2), 8).unwrap();
     netlink.add_address(far.index, v6(0, 2), 64).unwrap();
-    common::await_address(SocketAddr::new(v6(0, 2), 0));
+    common::await_address(v6(0, 2));
     let link_local = |low| Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, low);
     for low in [7, 8] {
         netlink.add_address(far.index, link_local(low).into(), 64).unwrap();
-        common::await_address(SocketAddrV6::new(link_local(low), 0, 0, far.index).into());
+        common::await_address(link_local(low).into());
     }
     let config = WorkerConfig {
         large_buffers: 16,

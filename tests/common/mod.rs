@@ -31,7 +31,7 @@ use std::any::Any;
 use std::env;
 use std::fs::{self, OpenOptions};
 use std::io;
-use std::net::{SocketAddr, UdpSocket};
+use std::net::IpAddr;
 use std::panic::{self, AssertUnwindSafe};
 use std::process;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -250,13 +250,16 @@ pub fn once_quiet(mut look: impl FnMut() -> Result<(), String>) {
     assert!(disturbances.len() < 5, "never quiet: {disturbances:?}");
 }
 
-/// Waits until the host answers to an IPv6 address: it becomes usable a little after it was added.
-pub fn await_address(address: SocketAddr) {
-    let socket = loop_until(|| UdpSocket::bind(address).ok());
-    socket.set_nonblocking(true).unwrap();
+/// Waits until an address takes packets: the kernel makes the route of one of IPv6 a little after
+/// the address was added, on one of its own threads. Nothing is sent, as a device would see it.
+pub fn await_address(address: IpAddr) {
+    let IpAddr::V6(address) = address else {
+        return;
+    };
+    let route = format!("{:032x} 80 ", address.to_bits());
     loop_until(|| {
-        socket.send_to(&[1], socket.local_addr().unwrap()).ok()?;
-        socket.recv(&mut [0]).ok()
+        let routes = fs::read_to_string("/proc/thread-self/net/ipv6_route").unwrap();
+        routes.lines().any(|line| line.starts_with(&route)).then_some(())
     });
 }
 
