@@ -8,6 +8,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use common::{need_ids, need_tun, trial};
 use device::{
@@ -451,6 +452,11 @@ fn main() {
                 );
                 drop(plain);
                 let device = reader().persist(false).open().unwrap();
+                // The carrier went and came; until the kernel has seen to that, packets are dropped.
+                let netlink = Handle::new().unwrap();
+                netlink
+                    .wait_running(device.index().unwrap(), Duration::from_secs(10))
+                    .unwrap();
                 let broadcast = UdpSocket::bind("198.18.0.1:0").unwrap();
                 broadcast.set_broadcast(true).unwrap();
                 broadcast.send_to(b"passed", "198.18.0.255:9").unwrap();
