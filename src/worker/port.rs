@@ -463,25 +463,17 @@ impl Port {
     #[cold]
     fn is_stray(&mut self, packet: &[u8]) -> bool {
         // This queue or another one of the device may have found out before, with reads under way.
-        self.heed_restored();
-        let stray = self.place.strays > 0 && vnet::stands_further_on(packet, self.outgoing.link);
-        self.place.strays -= u32::from(stray);
-        stray
-    }
-
-    /// Looks whether a queue of the device set the header back since this one looked last. Returns
-    /// whether that was so.
-    fn heed_restored(&mut self) -> bool {
         let restored = match &self.endpoint {
             Endpoint::Queue(queue) => queue.headers_restored(),
             _ => 0,
         };
-        let news = restored != self.place.restored;
-        if news {
+        if restored != self.place.restored {
             self.place.restored = restored;
             self.place.strays = LONGEST + 1;
         }
-        news
+        let stray = self.place.strays > 0 && vnet::stands_further_on(packet, self.outgoing.link);
+        self.place.strays -= u32::from(stray);
+        stray
     }
 
     /// Whether frames of this type stood in place when the kernel was asked.
@@ -509,8 +501,6 @@ impl Port {
         let bad = self.place.bad.take();
         let unreadable = std::mem::take(&mut self.place.unreadable);
         let changed = self.restore_header();
-        // If another queue was first, the kernel has nothing wrong to say any more.
-        let late = self.heed_restored() && !changed;
         let mut inbox = std::mem::take(&mut self.inbox);
         inbox.retain_mut(|received| {
             if !std::mem::take(&mut received.held) {
@@ -521,7 +511,9 @@ impl Port {
             // view of it while it lies in the inbox.
             let packet =
                 unsafe { std::slice::from_raw_parts(arena.address(received.slot, at).as_ptr(), received.len as usize) };
-            if changed || late && self.is_stray(packet) {
+            // If the header was set back before, by another queue or for a packet that came since,
+            // the kernel has nothing wrong to say any more.
+            if changed || self.is_stray(packet) {
                 arena.release(received.slot);
                 self.tally.bad_headers.add(1);
                 return false;
@@ -991,7 +983,7 @@ mod tests {
     use crate::worker::WakeHandle;
     use proptest::prelude::*;
 
-    fn port() -> Port {
+    fn arena() -> Rc<Arena> {
         let config = ArenaConfig {
             headroom: 96,
             tailroom: 64,
@@ -999,13 +991,16 @@ mod tests {
             small_slots: 16,
             large_slots: 0,
         };
-        let arena = Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory");
+        Rc::new(Arena::new(config, WakeHandle::new().expect("eventfd"), Arc::default()).expect("memory"))
+    }
+
+    fn port() -> Port {
         // No device: the rules of queues are those of everything but sockets.
         let (end, _) = handoff::new(1, 1536, WakeHandle::new().expect("eventfd"));
         Port::new(
             PortId::new(0),
             Endpoint::Handoff(end),
-            &arena,
+            &arena(),
             SizeClass::Small,
             Arc::default(),
         )
@@ -1061,6 +1056,54 @@ mod tests {
             port.failed("recvmmsg", errno);
             assert_eq!(port.gone.take().is_some(), dead, "errno {errno}");
         }
+    }
+
+    // T13, the header set back by another queue of the device while this one holds packets back.
+    #[cfg(feature = "lab")]
+    #[test]
+    fn a_shifted_packet_is_dropped_though_a_rare_one_came_after_the_header_was_set_back() {
+        let thread = std::thread::spawn(|| {
+            let sandbox = std::fs::File::open("/dev/net/tun").and_then(|_| crate::lab::Sandbox::enter());
+            if let Err(error) = sandbox {
+                assert!(std::env::var_os("TUN_DRIVER_REQUIRE_NETNS").is_none(), "{error}");
+                return eprintln!("skipped: no device in a namespace can be had: {error}");
+            }
+            shifted_then_rare();
+        });
+        thread.join().expect("the packet that is right comes alone");
+    }
+
+    #[cfg(feature = "lab")]
+    fn shifted_then_rare() {
+        let builder = crate::Builder::new("", crate::Mode::Tun).offloads(Offloads::CSUM);
+        let queue = builder.open().unwrap().into_queues().remove(0);
+        let arena = arena();
+        let mut port = Port::new(PortId::new(0), queue.into(), &arena, SizeClass::Small, Arc::default());
+        let read = |port: &mut Port, parts: &[&[u8]]| {
+            let bytes = parts.concat();
+            let slot = arena.check_out(port.account, port.class).expect("a slot");
+            let at = arena.address(slot, port.read_at);
+            // SAFETY: the slot was just checked out, and a read may fill it so far.
+            unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), at.as_ptr(), bytes.len()) };
+            assert!(port.read_ended(&arena, slot, bytes.len() as i32));
+        };
+        let ip = [[0x45, 0, 0, 40].as_slice(), &[0; 36]].concat();
+        let trailer = [1; 3];
+        read(&mut port, &[&[0; 12], &ip]);
+        let Endpoint::Queue(queue) = &port.endpoint else {
+            unreachable!("as made")
+        };
+        let longer: libc::c_int = 12;
+        // SAFETY: the request reads one int.
+        let result = unsafe { libc::ioctl(port.fd, libc::TUNSETVNETHDRSZ, &raw const longer) };
+        assert_eq!(result, 0);
+        assert!(queue.restore().is_some());
+        read(&mut port, &[&[0; 10], &ip, &trailer]);
+        let mut batch = Batch::with_capacity(4);
+        port.hand_over(&arena, &mut batch);
+        assert_eq!(batch.len(), 1);
+        assert_eq!(batch[0][..], [&ip[..], &trailer].concat());
+        assert_eq!(port.tally.bad_headers.get(), 1);
     }
 
     proptest! {
