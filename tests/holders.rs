@@ -45,6 +45,7 @@ fn main() {
     on_both(all, "rare frames with the right header are delivered", rare_frames);
     on_both(all, RARE_FRAMES, rare_frames_mixed);
     on_both(all, MANY_TYPES, many_types);
+    on_both(all, "a port holds no more rare frames back than one burst", held_back);
     on_both(all, BAD_HEADERS, bad_headers);
     on_both(all, NO_PACKETS, no_packets);
     on_both(
@@ -489,6 +490,20 @@ fn many_types(backend: Backend) {
     }
     let counters = worker.counters(port).unwrap();
     assert_eq!((counters.bad_headers, counters.received_packets), (0, 200));
+}
+
+/// What is held back takes buffers, and room of its own.
+fn held_back(backend: Backend) {
+    let mut shared = Shared::new(Mode::Tap, 1, Offloads::CSUM);
+    let mut worker = worker(backend);
+    let port = worker.attach(shared.queues.remove(0)).unwrap();
+    let sender = Sender::new(shared.device.index(), false);
+    (0..200).for_each(|number| sender.send(&[&BEYOND[..], &MAC, &[0x77, number], &[number; 100]].concat()));
+    let mut batch = Batch::with_capacity(64);
+    // As many as the port happened to ask for, and no more lie behind them.
+    let came = worker.try_recv_many(port, &mut batch).unwrap();
+    let behind = worker.detach(port).unwrap().undelivered.len();
+    assert!((1..=64).contains(&(came + behind)), "{came}, and {behind} behind them");
 }
 
 /// MPLS and LLDP stand in place as well, and so does what is no IP packet on TUN.

@@ -747,6 +747,13 @@ impl Port {
         self.is_in_doubt() && self.place.in_doubt < LONGEST && self.inbox.len() < LONGEST as usize
     }
 
+    /// How many packets may be asked for at once: no more than a burst is held back, nor lies in the
+    /// inbox. At least one where all was handed over, or where what is held back waits for more.
+    #[inline]
+    pub(super) fn longest_burst(&self) -> u32 {
+        LONGEST.saturating_sub(self.place.in_doubt.max(self.inbox.len() as u32))
+    }
+
     /// Whether what lies in the inbox fills the batch.
     pub(super) fn fills(&self, batch: &Batch) -> bool {
         batch.room() <= self.inbox.len()

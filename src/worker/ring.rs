@@ -606,7 +606,7 @@ impl RingBackend {
             return false;
         }
         let longest = if port.heavy { SUPERPACKETS } else { LONGEST };
-        let most = next.min(batch.room() as u32).min(longest);
+        let most = next.min(batch.room() as u32).min(longest).min(port.longest_burst());
         let can = cx.arena.available(port.account, port.class, most);
         let mut asked = 0;
         while asked < can
@@ -998,7 +998,8 @@ impl RingBackend {
         news
     }
 
-    /// Takes all completions; packets of a burst on port `index`, whose inbox is empty, go straight into the batch. Returns how many these were.
+    /// Takes all completions; packets of a burst on port `index` go straight into the batch, as long as
+    /// none is held back. Returns how many came of that burst.
     fn reap_burst(&mut self, cx: &mut Context, ports: &mut Ports, index: usize, batch: &mut Batch) -> u32 {
         let mut got = 0;
         let (mut packets, mut bytes) = (0, 0);
