@@ -86,6 +86,11 @@ fn main() {
         "a socket with ancillary options of its own costs no call for each receive",
         ancillary_asks_once,
     );
+    on_both(
+        all,
+        "a first receive of many datagrams with ancillary data asks once",
+        ancillary_of_many,
+    );
     on_both(all, "a stream socket is refused", stream);
     common::run(trials)
 }
@@ -910,6 +915,19 @@ fn ancillary_asks_once(backend: Backend) {
     let asked = trace.matches("getsockopt(").count();
     // Some when a port is attached.
     assert!(asked < usize::from(DATAGRAMS), "asked {asked} times");
+}
+
+/// One receive that takes several calls.
+fn ancillary_of_many(backend: Backend) {
+    let (ours, theirs) = pair();
+    set_option(&ours, libc::IPPROTO_IP, libc::IP_RECVTTL, 1).unwrap();
+    let mut worker = worker(backend);
+    let port = worker.attach(ours).unwrap();
+    (0..150).for_each(|number| assert_eq!(theirs.send(&[number; 100]).unwrap(), 100));
+    let mut batch = Batch::with_capacity(200);
+    assert_eq!(worker.try_recv_many(port, &mut batch), Ok(150));
+    // Three calls of at most 64 datagrams, and the question.
+    assert_eq!(worker.counters(port).unwrap().system_calls, 4);
 }
 
 fn segment_and_cork(backend: Backend) {

@@ -23,8 +23,9 @@ const TOO_LONG: [u64; 2] = [16, 4];
 pub(super) fn receive(cx: &mut Context, port: &mut Port, batch: &mut Batch) {
     let mut reports = 0;
     let wildcard = is_wildcard(port);
-    let ancillary = wildcard || port.socket.as_ref().is_some_and(|socket| socket.talkative);
     while !batch.is_full() {
+        // A call before this one may have found it out.
+        let ancillary = wildcard || port.socket.as_ref().is_some_and(|socket| socket.talkative);
         let want = batch.room().min(cx.datagrams.capacity()) as u32;
         // A stack of slots for one call; never more than LONGEST.
         let mut slots = [0u32; LONGEST as usize];
