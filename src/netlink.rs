@@ -374,7 +374,9 @@ impl Handle {
         let mut message = RouteMessage::default();
         message.header.address_family = family(net);
         message.header.destination_prefix_length = if net.is_ipv4() { 32 } else { 128 };
-        message.header.flags = RouteFlags::FibMatch;
+        // Without the second, the answer of IPv4 names the main table, whatever table it is from
+        // (`inet_rtm_getroute`).
+        message.header.flags = RouteFlags::FibMatch | RouteFlags::LookupTable;
         message
             .attributes
             .push(RouteAttribute::Destination(RouteAddress::from(net)));
@@ -904,4 +906,54 @@ fn parse_tun(attributes: &[impl Nla]) -> TunLink {
         }
     }
     tun
+}
+
+#[cfg(all(test, feature = "lab"))]
+mod tests {
+    use super::*;
+    use crate::lab::Sandbox;
+
+    /// What `ip rule add lookup 100 priority 1` does, and `ip route add NET/16 dev LINK table 100`.
+    fn route_by_rule(netlink: &Handle, net: IpAddr, link: u32) {
+        const TABLE: u8 = 100;
+        let mut rule = RuleMessage::default();
+        rule.header.family = family(net);
+        rule.header.action = RuleAction::ToTable;
+        rule.header.table = TABLE;
+        rule.attributes.push(RuleAttribute::Priority(1));
+        let rule = RouteNetlinkMessage::NewRule(rule);
+        netlink.act("RTM_NEWRULE", rule, NLM_F_CREATE | NLM_F_EXCL).unwrap();
+        let mut route = route_message(net, 16, RouteType::Unicast);
+        route.header.table = TABLE;
+        route.attributes.push(RouteAttribute::Oif(link));
+        let route = RouteNetlinkMessage::NewRoute(route);
+        netlink.act("RTM_NEWROUTE", route, NLM_F_CREATE | NLM_F_EXCL).unwrap();
+    }
+
+    fn asks_about_the_main_table() {
+        let netlink = Handle::new().unwrap();
+        let (main, other) = netlink.add_veth("main", "other").unwrap();
+        netlink.set_up(main, true).unwrap();
+        netlink.set_up(other, true).unwrap();
+        for net in ["10.5.0.0", "fd05::"].map(|net| net.parse::<IpAddr>().unwrap()) {
+            netlink.add_route(net, 16, None, main).unwrap();
+            let used = netlink.route_in_use(net, 16).map(|route| route.links);
+            assert!(used.is_none_or(|links| links == [main]), "{net}");
+            route_by_rule(&netlink, net, other);
+            assert_eq!(netlink.route_in_use(net, 16), None, "{net}");
+            assert_eq!(netlink.routes_to(net, 16).unwrap()[0].links, [main], "{net}");
+        }
+    }
+
+    #[test]
+    fn a_route_of_another_table_is_not_taken_for_one_of_the_main_table() {
+        let thread = std::thread::spawn(|| match Sandbox::enter() {
+            Ok(_) => asks_about_the_main_table(),
+            Err(error) => {
+                assert!(std::env::var_os("TUN_DRIVER_REQUIRE_NETNS").is_none(), "{error}");
+                eprintln!("skipped: no namespace can be had: {error}");
+            }
+        });
+        thread.join().expect("only routes of the main table");
+    }
 }
