@@ -63,12 +63,22 @@ fn act(name: &str, bound: Option<Duration>, measure: impl FnOnce() -> io::Result
     })
 }
 
+/// Ends the thread beside an act, also where the act panics: the scope would wait for it.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 /// Runs `work`. Returns also how late a thread that only sleeps woke meanwhile, at worst.
 fn beside_a_sleeper<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     const NAP: Duration = Duration::from_millis(1);
 
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let end = End(&over);
         let sleeper = scope.spawn(|| {
             let mut worst = Duration::ZERO;
             while !over.load(Ordering::Acquire) {
@@ -79,7 +89,7 @@ fn beside_a_sleeper<T>(work: impl FnOnce() -> T) -> (T, Duration) {
             worst
         });
         let result = work();
-        over.store(true, Ordering::Release);
+        drop(end);
         let worst = sleeper.join();
         (result, worst.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
@@ -122,10 +132,11 @@ fn under_load<T>(net: &Net, load: bool, work: impl FnOnce() -> io::Result<T>) ->
     };
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
+        let end = End(&over);
         let generate = scope.spawn(|| Generator::new(&config)?.run(&over).map(drop));
         thread::sleep(Duration::from_millis(5));
         let result = work();
-        over.store(true, Ordering::Release);
+        drop(end);
         // The device may be gone by now, which the generator takes for an error.
         let _ = generate.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         result
@@ -162,4 +173,20 @@ fn stop(load: bool, count: usize) -> io::Result<Histogram<u64>> {
         took.saturating_record(report.took.as_nanos() as u64);
     }
     Ok(took)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_act_that_panics_ends_the_sleeper_beside_it() {
+        let (done, outcome) = std::sync::mpsc::channel();
+        // Not joined: one that does not end would hold up the test as well.
+        thread::spawn(move || {
+            let panicked = std::panic::catch_unwind(|| beside_a_sleeper(|| panic!("an act failed"))).is_err();
+            let _ = done.send(panicked);
+        });
+        assert_eq!(outcome.recv_timeout(Duration::from_secs(60)), Ok(true));
+    }
 }
