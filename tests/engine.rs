@@ -1696,11 +1696,11 @@ fn paced(backend: Backend, wait: Wait, rate: u64, time: Duration) -> (Engine<Cou
 fn pauses(backend: Backend, wait: Wait, rate: u64) -> (u64, u64) {
     let (engine, mut generator) = paced(backend, wait, rate, Duration::from_millis(150));
     let generated = generator.run(&Default::default()).unwrap();
-    let least = rate / 50 / u64::from(common::slowness());
-    if common::slowness() > 1 && generated.sent <= least {
+    // Whether packets gather is a matter of the rate at which they come.
+    if common::slowness() > 1 && generated.sent < rate * 15 / 100 / 2 {
         common::skip(format!("this machine is too slow for {rate} packets per second"));
     }
-    assert!(generated.sent > least, "{generated:?}");
+    assert!(generated.sent > rate / 50, "{generated:?}");
     eventually("all packets", || received(&engine) >= generated.sent);
     let mut tracker = engine
         .run_on(0, |handler, _| std::mem::take(&mut handler.tracker))
