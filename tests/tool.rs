@@ -748,6 +748,13 @@ fn missed_limits() {
         let text = String::from_utf8(text.stdout).unwrap();
         assert!(text.starts_with("no packet came") && !text.contains('%'), "{text}");
     }
+    // What is not of `generate` says nothing of what was sent.
+    let receiver = Running::receive(&["--listen", "127.0.0.1:0", "--quiet-ms", "100"]);
+    let sender = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    sender.send_to(b"other", &receiver.address).unwrap();
+    let told = receiver.end().stdout;
+    let told = String::from_utf8(told).unwrap();
+    assert!(told.trim_end().ends_with("; 0 dropped at this socket, 0/s"), "{told}");
     // Three of four.
     let receiver = Running::receive(&[
         "--listen",

@@ -151,13 +151,12 @@ impl Results {
     fn line(&self) -> String {
         let summary = self.receiver.summary();
         if summary.received + summary.damaged + summary.foreign > 0 {
-            let loss = self.loss_percent().map(|loss| format!("; {loss:.4} % lost"));
-            let (loss, rate) = (loss.unwrap_or_default(), self.rate());
             let dropped = self.dropped;
-            return format!(
-                "{}{loss} ({dropped} of them at this socket), {rate:.0}/s",
-                self.receiver
-            );
+            let loss = match self.loss_percent() {
+                Some(loss) => format!("{loss:.4} % lost ({dropped} of them at this socket)"),
+                None => format!("{dropped} dropped at this socket"),
+            };
+            return format!("{}; {loss}, {:.0}/s", self.receiver, self.rate());
         }
         let expected = self.expected.map(|count| format!(" of {count}")).unwrap_or_default();
         let dropped = match self.dropped {
