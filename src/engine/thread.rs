@@ -56,9 +56,9 @@ impl<H: Handler> Thread<H> {
         if failure.is_some() {
             self.shared.worker_failing();
         }
-        // Before anybody is told: the queues, so that their flows go elsewhere.
         let ports = self.worker.stats().ports.into_iter().map(|port| port.name);
         let ports = ports.collect();
+        // Before it is reported: the queues, so that their flows go elsewhere.
         let undelivered = self.take_rest();
         let stats = self.worker.stats();
         let closed = self.worker.close();
