@@ -290,6 +290,12 @@ impl fmt::Display for PortError {
             PortErrorKind::Gone => "the device or socket is gone; close or detach what used it",
             PortErrorKind::Down => "the device is down; bring it up (ip link set … up) and send again",
             PortErrorKind::Backpressure => "the receiver is full; wait a little, then send the rest",
+            PortErrorKind::Truncated if self.call == "recv" => {
+                "the packet was longer than the slice that it was to be copied into and was dropped; pass a slice of Worker::longest_packet bytes"
+            }
+            PortErrorKind::Truncated if self.call == "UDP_GRO" => {
+                "datagrams that the kernel may have coalesced were dropped; leave UDP_GRO off while the socket is a port"
+            }
             PortErrorKind::Truncated => {
                 "a packet was longer than the buffers of this worker and was dropped; lower the MTU, raise WorkerConfig::max_packet, or detach the port and attach it again, which gives it large buffers"
             }
@@ -300,6 +306,15 @@ impl fmt::Display for PortError {
             PortErrorKind::NoBuffers => "no free buffer; give packets back or raise WorkerConfig::buffers",
             PortErrorKind::Other if self.call == ENTER => {
                 "the kernel does not take what the ring asks, which passes if it is for want of memory; call again, or use Backend::Syscalls"
+            }
+            PortErrorKind::Other if self.errno == libc::EDESTADDRREQ => {
+                "the socket is not connected, and the packet says no peer; connect the socket, or call PacketBuf::set_peer"
+            }
+            PortErrorKind::Other if self.errno == libc::EAFNOSUPPORT => {
+                "the packet's peer is of another address family than the socket; name a peer of the socket's"
+            }
+            PortErrorKind::Other if matches!(self.errno, libc::ENETUNREACH | libc::EHOSTUNREACH) => {
+                "no route leads to the packet's peer; add a route, or name another peer"
             }
             PortErrorKind::Other => "unexpected error",
         };

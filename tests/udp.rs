@@ -6,9 +6,10 @@ mod device;
 mod offer;
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -92,6 +93,21 @@ fn main() {
         ancillary_of_many,
     );
     on_both(all, "a stream socket is refused", stream);
+    on_both(
+        all,
+        "a descriptor that is no UDP socket is refused, and said to be none",
+        no_udp,
+    );
+    on_both(
+        all,
+        "a packet without a peer or a route is refused with cause and remedy",
+        no_way,
+    );
+    on_both(
+        all,
+        "a slice that is too short for a packet is named as such",
+        short_slice,
+    );
     common::run(trials)
 }
 
@@ -1060,4 +1076,72 @@ fn stream(backend: Backend) {
     let socket = UdpSocket::from(OwnedFd::from(listener));
     let error = worker(backend).attach(socket).unwrap_err();
     assert_eq!(error.kind(), OpenErrorKind::InvalidSetting, "{error}");
+}
+
+fn no_udp(backend: Backend) {
+    let mut worker = worker(backend);
+    // SAFETY: no pointers; the descriptor is new.
+    let socket = |family, kind, protocol| unsafe {
+        let fd = libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol);
+        assert!(fd >= 0, "{family} {kind} {protocol}: {}", io::Error::last_os_error());
+        OwnedFd::from_raw_fd(fd)
+    };
+    let (datagrams, udp_lite) = (libc::SOCK_DGRAM, 136);
+    let mut foreign = vec![
+        socket(libc::AF_UNIX, datagrams, 0),
+        socket(libc::AF_PACKET, datagrams, 0),
+        socket(libc::AF_NETLINK, datagrams, libc::NETLINK_ROUTE),
+        socket(libc::AF_INET, libc::SOCK_RAW, libc::IPPROTO_UDP),
+    ];
+    // SAFETY: as above. Newer kernels have no UDP-Lite.
+    let lite = unsafe { libc::socket(libc::AF_INET, datagrams | libc::SOCK_CLOEXEC, udp_lite) };
+    if lite >= 0 {
+        // SAFETY: as above.
+        foreign.push(unsafe { OwnedFd::from_raw_fd(lite) });
+    }
+    for fd in foreign {
+        let error = worker.attach(UdpSocket::from(fd)).expect_err("no UDP socket");
+        assert_eq!(error.kind(), OpenErrorKind::InvalidSetting, "{error}");
+        assert!(error.detail().contains("attach a UDP socket"), "{error}");
+    }
+    // SAFETY: no pointers; the descriptor is new.
+    let eventfd = unsafe { OwnedFd::from_raw_fd(libc::eventfd(0, libc::EFD_CLOEXEC)) };
+    for fd in [File::open("/dev/null").unwrap().into(), eventfd] {
+        let error = worker.attach(UdpSocket::from(fd)).expect_err("no socket");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOTSOCK));
+        assert!(error.detail().contains("is not a socket"), "{error}");
+    }
+    for address in ["127.0.0.1:0", "[::1]:0"] {
+        worker.attach(UdpSocket::bind(address).unwrap()).unwrap();
+    }
+}
+
+fn no_way(backend: Backend) {
+    let mut worker = worker(backend);
+    let port = worker.attach(UdpSocket::bind("0.0.0.0:0").unwrap()).unwrap();
+    let mut refusal = |peer: Option<&str>| {
+        let mut batch = datagrams(&worker, &[10]);
+        batch[0].set_peer(peer.map(|peer| peer.parse().unwrap()));
+        worker.send_many(port, &mut batch).refusal.expect("refused").to_string()
+    };
+    for (peer, words) in [
+        (None, "PacketBuf::set_peer"),
+        (Some("[::1]:9"), "another address family"),
+        (Some("10.99.0.1:9"), "add a route"),
+    ] {
+        let text = refusal(peer);
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+fn short_slice(backend: Backend) {
+    let mut worker = worker(backend);
+    let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let other = UdpSocket::bind("127.0.0.1:0").unwrap();
+    other.connect(socket.local_addr().unwrap()).unwrap();
+    let port = worker.attach(socket).unwrap();
+    other.send(b"two bytes and more").unwrap();
+    let error = worker.recv(port, &mut [0]).unwrap_err();
+    assert_eq!(error.kind(), PortErrorKind::Truncated);
+    assert!(error.to_string().contains("longer than the slice"), "{error}");
 }

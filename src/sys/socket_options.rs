@@ -23,8 +23,12 @@ macro_rules! set {
 
 /// Why a socket cannot be a port.
 pub(crate) enum Unfit {
+    /// The descriptor is no socket.
+    NoSocket(io::Error),
     /// It is no socket of datagrams.
     Stream,
+    /// It is one of datagrams, but not of UDP over IPv4 or IPv6.
+    Foreign,
     /// The option that could not be asked or set.
     Refused(&'static str, io::Error),
 }
@@ -59,10 +63,20 @@ impl SocketOptions {
     /// if it is bound to all addresses, each comes with the one that it was sent to. The descriptor
     /// stays open as long as the result lives.
     pub(crate) fn prepare(fd: RawFd) -> Result<Self, Unfit> {
-        let kind = get_int(fd, libc::SOL_SOCKET, libc::SO_TYPE)
-            .map_err(|error| Unfit::Refused("getsockopt(SO_TYPE)", error))?;
+        let kind = get_int(fd, libc::SOL_SOCKET, libc::SO_TYPE).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOTSOCK) => Unfit::NoSocket(error),
+            _ => Unfit::Refused("getsockopt(SO_TYPE)", error),
+        })?;
         if kind != libc::SOCK_DGRAM {
             return Err(Unfit::Stream);
+        }
+        let family = get_int(fd, libc::SOL_SOCKET, libc::SO_DOMAIN)
+            .map_err(|error| Unfit::Refused("getsockopt(SO_DOMAIN)", error))?;
+        let protocol = get_int(fd, libc::SOL_SOCKET, libc::SO_PROTOCOL)
+            .map_err(|error| Unfit::Refused("getsockopt(SO_PROTOCOL)", error))?;
+        // AF_PACKET, AF_NETLINK and AF_UNIX have datagrams too, and ping sockets are of IP.
+        if !matches!(family, libc::AF_INET | libc::AF_INET6) || protocol != libc::IPPROTO_UDP {
+            return Err(Unfit::Foreign);
         }
         let mut options = Self {
             fd,

@@ -269,7 +269,7 @@ impl Worker {
     /// is sent, unseen.
     ///
     /// # Errors
-    /// A socket that is not one of datagrams, or whose options cannot be set.
+    /// A socket that is not one of UDP over IPv4 or IPv6, or whose options cannot be set.
     /// Too many ports (256); no buffer left to reserve; a queue that cannot be read (its
     /// device is gone). The endpoint is closed with the error.
     pub fn attach(&mut self, endpoint: impl Into<Endpoint>) -> Result<PortId, OpenError> {
@@ -905,6 +905,17 @@ fn name_of(endpoint: &Endpoint) -> String {
 /// Sets on a socket what a port relies on.
 fn prepare(socket: &UdpSocket) -> Result<SocketOptions, OpenError> {
     SocketOptions::prepare(socket.as_raw_fd()).map_err(|unfit| match unfit {
+        Unfit::NoSocket(error) => OpenError::new(
+            OpenErrorKind::InvalidSetting,
+            "getsockopt(SO_TYPE)",
+            &error,
+            "the descriptor is not a socket; attach a UDP socket",
+        ),
+        Unfit::Foreign => OpenError::refused(
+            OpenErrorKind::InvalidSetting,
+            "getsockopt(SO_PROTOCOL)",
+            "the socket is not one of UDP over IPv4 or IPv6; attach a UDP socket",
+        ),
         Unfit::Stream => OpenError::refused(
             OpenErrorKind::InvalidSetting,
             "getsockopt(SO_TYPE)",
