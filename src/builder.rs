@@ -1,5 +1,7 @@
 //! Opens a device with all its queues and settings as one act.
 
+#[cfg(feature = "netlink")]
+use std::fmt;
 use std::fs::File;
 use std::io;
 #[cfg(feature = "netlink")]
@@ -198,7 +200,9 @@ impl Builder {
         self
     }
 
-    /// How many packets the kernel keeps in each queue before it drops. 500 (TUN) or 1000 (TAP) by default; newer kernels take 32,767 at most.
+    /// How many packets the kernel keeps in each queue before it drops: 500 (TUN) or 1000 (TAP) by
+    /// default. What it takes at most differs: 32,767 on some kernels (Debian's 6.1 and 6.12), and
+    /// 524,288 on others (6.18).
     pub fn txqueuelen(mut self, packets: u32) -> Self {
         self.txqueuelen = Some(packets);
         self
@@ -214,7 +218,10 @@ impl Builder {
     ///
     /// [`open`](Self::open) refuses an address whose network another device that is up has already
     /// (EEXIST, with the name of that device): the kernel would take it and send to that network
-    /// through the other device. Single addresses (/32, /128) may be shared.
+    /// through the other device. With [`up(true)`](Self::up) it also refuses one whose network
+    /// another route of the main table takes, be it one that drops the packets. Single addresses
+    /// (/32, /128) may be shared. An address that no host can have (all zero, of multicast,
+    /// 255.255.255.255, `::1`) is refused before the kernel is asked.
     ///
     /// The kernel completes an IPv6 address a moment after the device is up, on one of its own threads.
     /// Packets to the address that are written before then are dropped.
@@ -314,6 +321,23 @@ impl Builder {
             {
                 if prefix > if address.is_ipv4() { 32 } else { 128 } {
                     let detail = format!("{address}/{prefix}: the prefix is longer than the address");
+                    return refused(OpenErrorKind::InvalidSetting, &detail);
+                }
+            }
+            for &(address, prefix) in &self.addresses {
+                if let Some(why) = no_hosts(address) {
+                    let detail = format!("{address}/{prefix} is no address for a device: {why}; take another address");
+                    return refused(OpenErrorKind::InvalidSetting, &detail);
+                }
+            }
+            for route in &self.routes {
+                if let Some(gateway) = route.gateway
+                    && gateway.is_ipv4() != route.destination.is_ipv4()
+                {
+                    let detail = format!(
+                        "the route to {}/{}: its gateway {gateway} is of another address family; name one of the same",
+                        route.destination, route.prefix
+                    );
                     return refused(OpenErrorKind::InvalidSetting, &detail);
                 }
             }
@@ -441,7 +465,20 @@ impl Builder {
         }
         if let Some(packets) = self.txqueuelen {
             const CALL: &str = "ioctl(SIOCSIFTXQLEN)";
+            /// Packets that every kernel takes.
+            const MOST_EVERYWHERE: u32 = 32_767;
             device.set_txqueuelen(packets).map_err(|error| match error.raw_os_error() {
+                // No ring is longer than KMALLOC_MAX_SIZE (`__ptr_ring_init_queue_alloc`); the driver
+                // refuses in a notifier (`tun_device_event`), and that comes as EPERM.
+                Some(libc::EPERM) if packets > MOST_EVERYWHERE => OpenError::new(
+                    OpenErrorKind::Permission,
+                    CALL,
+                    &error,
+                    format!(
+                        "a queue of {packets} packets is more than this kernel can hold, or the caller lacks \
+                         CAP_NET_ADMIN in the initial user namespace; ask for fewer packets, or run as root"
+                    ),
+                ),
                 Some(libc::EPERM) => OpenError::new(
                     OpenErrorKind::Permission,
                     CALL,
@@ -465,7 +502,10 @@ impl Builder {
         }
         // Routes over a device that is down are refused.
         #[cfg(feature = "netlink")]
-        self.add_routes(device)?;
+        {
+            self.check_addresses(device)?;
+            self.add_routes(device)?;
+        }
         #[cfg(not(feature = "netlink"))]
         let _ = attached;
         Ok(())
@@ -481,6 +521,32 @@ impl Builder {
             check_network(&netlink, device.index(), address, prefix)?;
             let result = netlink.add_address(device.index(), address, prefix);
             there_already(result, attached).map_err(|error| netlink_error(&error, format!("{address}/{prefix}")))?;
+        }
+        Ok(())
+    }
+
+    /// Refuses an address whose network is not reached over this device. The kernel routes the
+    /// network over it once it is up.
+    #[cfg(feature = "netlink")]
+    fn check_addresses(&self, device: &Device) -> Result<(), OpenError> {
+        // No network is routed for a single address, nor for all of IPv4.
+        let has_network = |address: IpAddr, prefix: u8| (1..if address.is_ipv4() { 32 } else { 128 }).contains(&prefix);
+        let mut networks = self.addresses.iter().filter(|at| has_network(at.0, at.1)).peekable();
+        if self.up != Some(true) || networks.peek().is_none() {
+            return Ok(());
+        }
+        let netlink = open_netlink()?;
+        for &(address, prefix) in networks {
+            let network = Route {
+                destination: netlink::network_of(address, prefix),
+                prefix,
+                gateway: None,
+            };
+            // None at all: it is in another table (a VRF's), or left out (IFA_F_NOPREFIXROUTE).
+            if let Some(way) = way_around(&netlink, device.index(), &network)?.filter(|way| !way.is_missing()) {
+                let detail = format!("{address}/{prefix}: a route to its network {way}");
+                return Err(exists_already("RTM_NEWADDR", detail));
+            }
         }
         Ok(())
     }
@@ -560,6 +626,11 @@ impl Netns {
                     "the namespace's descriptor cannot be copied".to_owned(),
                 )
             }
+            Netns::Path(path) if path.as_os_str().is_empty() => (
+                Err(io::Error::from_raw_os_error(libc::ENOENT)),
+                "open(netns)",
+                "the path is empty; name the file of a network namespace, such as /run/netns/blue".to_owned(),
+            ),
             Netns::Path(path) => (
                 setns::open(path).map(OwnedFd::from),
                 "open(netns)",
@@ -675,7 +746,51 @@ fn check_network(netlink: &Handle, index: u32, address: IpAddr, prefix: u8) -> R
 /// asked for.
 #[cfg(feature = "netlink")]
 fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenError> {
-    let subject = format!("the route to {}/{}", asked.destination, asked.prefix);
+    let Some(way) = way_around(netlink, index, asked)? else {
+        return Ok(());
+    };
+    let detail = format!("the route to {}/{} {way}", asked.destination, asked.prefix);
+    Err(exists_already("RTM_NEWROUTE", detail))
+}
+
+#[cfg(feature = "netlink")]
+fn exists_already(call: &'static str, detail: String) -> OpenError {
+    let error = io::Error::from_raw_os_error(libc::EEXIST);
+    OpenError::new(OpenErrorKind::InvalidSetting, call, &error, detail)
+}
+
+/// Why packets do not take the route that was asked for.
+#[cfg(feature = "netlink")]
+enum Around {
+    /// It was there a moment ago, or is in no table that can be listed.
+    Missing,
+    /// The metric of the route that they take, and its way.
+    Taken(u32, String),
+}
+
+#[cfg(feature = "netlink")]
+impl Around {
+    fn is_missing(&self) -> bool {
+        matches!(self, Self::Missing)
+    }
+}
+
+#[cfg(feature = "netlink")]
+impl fmt::Display for Around {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Missing => f.write_str("was there, and changed meanwhile; try again"),
+            Self::Taken(metric, way) => write!(
+                f,
+                "exists already, with metric {metric}, and {way}; delete that route, or use a longer prefix"
+            ),
+        }
+    }
+}
+
+/// Which way packets to the destination take instead of the one asked for; `None` if they take that.
+#[cfg(feature = "netlink")]
+fn way_around(netlink: &Handle, index: u32, asked: &Route) -> Result<Option<Around>, OpenError> {
     let is_ours = |route: &netlink::Route| {
         route.gateway == asked.gateway && !route.links.is_empty() && route.links.iter().all(|&link| link == index)
     };
@@ -685,26 +800,18 @@ fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenEr
         .route_in_use(asked.destination, asked.prefix)
         .is_some_and(|route| is_ours(&route))
     {
-        return Ok(());
+        return Ok(None);
     }
     let routes = netlink
         .routes_to(asked.destination, asked.prefix)
-        .map_err(|error| netlink_error(&error, subject.clone()))?;
+        .map_err(|error| netlink_error(&error, format!("the route to {}/{}", asked.destination, asked.prefix)))?;
     // The first of those with the least metric is the one in use; of IPv6 routes without gateway,
     // that is the oldest.
     let Some(used) = routes.iter().min_by_key(|route| route.metric) else {
-        // It was there a moment ago, or is in no table that can be listed.
-        let error = io::Error::from_raw_os_error(libc::EEXIST);
-        let detail = format!("{subject} was there, and changed meanwhile; try again");
-        return Err(OpenError::new(
-            OpenErrorKind::InvalidSetting,
-            "RTM_NEWROUTE",
-            &error,
-            detail,
-        ));
+        return Ok(Some(Around::Missing));
     };
     if is_ours(used) {
-        return Ok(());
+        return Ok(None);
     }
     let via = used
         .gateway
@@ -716,17 +823,20 @@ fn check_route(netlink: &Handle, index: u32, asked: &Route) -> Result<(), OpenEr
         },
         None => "drops the packets".to_owned(),
     };
-    let detail = format!(
-        "{subject} exists already, with metric {}, and {way}; delete that route, or use a longer prefix",
-        used.metric
-    );
-    let error = io::Error::from_raw_os_error(libc::EEXIST);
-    Err(OpenError::new(
-        OpenErrorKind::InvalidSetting,
-        "RTM_NEWROUTE",
-        &error,
-        detail,
-    ))
+    Ok(Some(Around::Taken(used.metric, way)))
+}
+
+/// Why no host can have this address, if none can. Loopback addresses of IPv4 are left to the
+/// kernel, which takes them.
+#[cfg(feature = "netlink")]
+fn no_hosts(address: IpAddr) -> Option<&'static str> {
+    match address {
+        _ if address.is_unspecified() => Some("it means none in particular"),
+        _ if address.is_multicast() => Some("it is that of a multicast group"),
+        IpAddr::V4(address) if address.is_broadcast() => Some("it means every host"),
+        IpAddr::V6(address) if address.is_loopback() => Some("it is that of the loopback device"),
+        _ => None,
+    }
 }
 
 #[cfg(feature = "netlink")]

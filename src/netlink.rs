@@ -820,6 +820,20 @@ pub(crate) fn same_network(one: IpAddr, other: IpAddr, prefix: u8) -> bool {
     one.is_ipv4() == other.is_ipv4() && (prefix == 0 || differing >> (128 - u32::from(prefix.min(128))) == 0)
 }
 
+/// The first address of the network that an address is in.
+pub(crate) fn network_of(address: IpAddr, prefix: u8) -> IpAddr {
+    match address {
+        IpAddr::V4(address) => {
+            let mask = u32::MAX.checked_shl(32 - u32::from(prefix.min(32))).unwrap_or(0);
+            Ipv4Addr::from_bits(address.to_bits() & mask).into()
+        }
+        IpAddr::V6(address) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix.min(128))).unwrap_or(0);
+            Ipv6Addr::from_bits(address.to_bits() & mask).into()
+        }
+    }
+}
+
 fn family(address: IpAddr) -> AddressFamily {
     match address {
         IpAddr::V4(_) => AddressFamily::Inet,

@@ -791,6 +791,9 @@ fn main() {
                 (error.kind(), error.raw_os_error()),
                 (OpenErrorKind::Namespace, Some(libc::EINVAL))
             );
+            let error = Builder::new("path", Mode::Tun).netns_path("").open().unwrap_err();
+            assert_eq!(error.kind(), OpenErrorKind::Namespace);
+            assert!(error.detail().contains("the path is empty"), "{error}");
             // An error inside is that error, not one of the namespace.
             let _held = there.run(|| Iface::new("held", Mode::Tun).unwrap()).unwrap();
             assert_eq!(
@@ -799,6 +802,102 @@ fn main() {
             );
             drop(Builder::new("held", Mode::Tun).open().expect("it is free here"));
         }),
+        trial("a FIFO in a namespace's place is refused, and not waited for", || {
+            need_tun();
+            let path = std::env::temp_dir().join(format!("tun-driver-fifo-{}", std::process::id()));
+            let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+            // SAFETY: a C string that outlives the call.
+            assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+            let error = Builder::new("path", Mode::Tun).netns_path(&path).open().unwrap_err();
+            let lab = tun_driver::lab::Namespace::open(&path).and_then(|there| there.run(|| ()));
+            std::fs::remove_file(&path).unwrap();
+            assert_eq!(
+                (error.kind(), error.raw_os_error()),
+                (OpenErrorKind::Namespace, Some(libc::EINVAL))
+            );
+            assert!(error.detail().contains("not a network namespace"), "{error}");
+            let error = lab.unwrap_err();
+            assert!(error.to_string().contains("not a network namespace"), "{error}");
+        })
+        .bound(Duration::from_secs(60)),
+        trial(
+            "an address whose network is routed elsewhere or dropped is refused",
+            || {
+                need_tun();
+                let any = |text: &str| text.parse::<IpAddr>().unwrap();
+                let netlink = Handle::new().unwrap();
+                let (eth, peer) = netlink.add_veth("eth9", "peer9").unwrap();
+                netlink.set_up(eth, true).unwrap();
+                netlink.set_up(peer, true).unwrap();
+                netlink.add_blackhole(any("10.67.1.0"), 24).unwrap();
+                netlink.add_route(any("10.68.0.0"), 16, None, eth).unwrap();
+                // Metric 1024, and the network of an address of ours has 256.
+                netlink.add_blackhole(any("fd00:67::"), 64).unwrap();
+                let open = |address: &str, prefix| {
+                    let device = Builder::new("fresh", Mode::Tun).up(true);
+                    device.address(any(address), prefix).open()
+                };
+                for (address, prefix, words) in [("10.67.1.1", 24, "drops the packets"), ("10.68.0.1", 16, "\"eth9\"")]
+                {
+                    let error = open(address, prefix).expect_err(address);
+                    assert_eq!(
+                        (error.kind(), error.raw_os_error(), error.call()),
+                        (OpenErrorKind::InvalidSetting, Some(libc::EEXIST), "RTM_NEWADDR"),
+                        "{error}"
+                    );
+                    assert!(error.detail().contains(words), "{error}");
+                    assert!(!exists("fresh"));
+                }
+                for (address, prefix) in [
+                    ("10.67.1.1", 25),
+                    ("10.67.1.1", 32),
+                    ("10.9.0.1", 0),
+                    ("fd00:67::1", 64),
+                ] {
+                    open(address, prefix).unwrap_or_else(|error| panic!("{address}/{prefix}: {error}"));
+                }
+            },
+        ),
+        trial(
+            "an address that no host can have is refused before the kernel is asked",
+            || {
+                for (address, words) in [
+                    ("0.0.0.0", "none in particular"),
+                    ("::", "none in particular"),
+                    ("224.0.0.1", "multicast"),
+                    ("ff02::1", "multicast"),
+                    ("255.255.255.255", "every host"),
+                    ("::1", "loopback"),
+                ] {
+                    let any: IpAddr = address.parse().unwrap();
+                    let error = Builder::new("fresh", Mode::Tun).address(any, 24).open().unwrap_err();
+                    assert_eq!(
+                        (error.kind(), error.raw_os_error()),
+                        (OpenErrorKind::InvalidSetting, None)
+                    );
+                    assert!(
+                        error.detail().starts_with(address) && error.detail().contains(words),
+                        "{error}"
+                    );
+                }
+            },
+        ),
+        trial(
+            "a gateway of another family than its route is refused and said to be",
+            || {
+                for (net, gateway) in [("fd01::", "10.9.0.2"), ("10.5.0.0", "fd00:9::2")] {
+                    let any = |text: &str| text.parse::<IpAddr>().unwrap();
+                    let device = Builder::new("fresh", Mode::Tun).up(true);
+                    let error = device.route(any(net), 16, Some(any(gateway))).open().unwrap_err();
+                    assert_eq!(
+                        (error.kind(), error.raw_os_error()),
+                        (OpenErrorKind::InvalidSetting, None)
+                    );
+                    assert!(error.detail().contains("another address family"), "{error}");
+                    assert!(error.detail().contains(gateway), "{error}");
+                }
+            },
+        ),
         trial("without privilege it says which one is missing", || {
             need_tun();
             // T29

@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::thread;
 
 use crate::netlink::Handle;
-use crate::sys::netns;
+use crate::sys::{netns, setns};
 
 /// The interface index of `lo` in each namespace.
 const LOOPBACK: u32 = 1;
@@ -90,7 +90,7 @@ impl Namespace {
     pub fn open(path: impl AsRef<Path>) -> io::Result<Self> {
         HOST.get_or_init(|| current_inode().unwrap_or(0));
         let path = path.as_ref();
-        let file = fs::File::open(path).map_err(|error| told(&path.display().to_string(), &error))?;
+        let file = setns::open(path).map_err(|error| told(&path.display().to_string(), &error))?;
         Ok(Self {
             fd: file.into(),
             path: Some(path.to_owned()),

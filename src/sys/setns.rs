@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::{FailedCall, syscall};
@@ -34,7 +34,8 @@ impl NetnsId {
 
 /// Opens a namespace by its file, such as `/run/netns/blue` or `/proc/1234/ns/net`.
 pub(crate) fn open(path: &Path) -> io::Result<File> {
-    File::open(path)
+    // A FIFO would wait for its other end: a file that is no namespace is found out by setns(2).
+    File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path)
 }
 
 /// What a thread is started by, in errors.
