@@ -468,8 +468,8 @@ impl Builder {
             /// Packets that every kernel takes.
             const MOST_EVERYWHERE: u32 = 32_767;
             device.set_txqueuelen(packets).map_err(|error| match error.raw_os_error() {
-                // No ring is longer than KMALLOC_MAX_SIZE (`__ptr_ring_init_queue_alloc`); the driver
-                // refuses in a notifier (`tun_device_event`), and that comes as EPERM.
+                // No ring is longer than KMALLOC_MAX_SIZE (`__ptr_ring_init_queue_alloc`); the
+                // driver refuses in a notifier (`tun_device_event`), and that comes as EPERM.
                 Some(libc::EPERM) if packets > MOST_EVERYWHERE => OpenError::new(
                     OpenErrorKind::Permission,
                     CALL,
@@ -788,7 +788,8 @@ impl fmt::Display for Around {
     }
 }
 
-/// Which way packets to the destination take instead of the one asked for; `None` if they take that.
+/// Which way packets to the destination take instead of the one asked for; `None` if they take
+/// that one.
 #[cfg(feature = "netlink")]
 fn way_around(netlink: &Handle, index: u32, asked: &Route) -> Result<Option<Around>, OpenError> {
     let is_ours = |route: &netlink::Route| {

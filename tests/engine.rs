@@ -1665,6 +1665,20 @@ fn renames() {
         "{events:?}"
     );
     assert_eq!(engine.wait_within(Duration::ZERO), None);
+    // Its end has the name that it had last. The MTU came after it, so that this is known.
+    netlink.rename(settings.index(), "e2").unwrap();
+    settings.set_mtu(1300).unwrap();
+    while !matches!(
+        engine.events().next_within(Duration::from_secs(10)).expect("an event"),
+        Event::MtuChanged { .. }
+    ) {}
+    netlink.delete(settings.index()).unwrap();
+    let device = "e2".to_owned();
+    assert_eq!(engine.wait(), Ended::DeviceGone { device: device.clone() });
+    assert_eq!(
+        engine.events().next_within(Duration::from_secs(10)),
+        Some(Event::Gone { device })
+    );
 }
 
 /// An engine with one queue that holds all that is sent, and a generator of packets to it.

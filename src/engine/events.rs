@@ -390,7 +390,10 @@ impl Watched {
                 return if left { Look::Left } else { Look::Stays };
             }
         };
-        self.name = name;
+        if name != self.name {
+            self.name = name;
+            shared.device_renamed(self.device.mark(), &self.name);
+        }
         let grew = mtu > self.mtu;
         if mtu != self.mtu {
             self.mtu = mtu;
@@ -433,6 +436,7 @@ impl Watched {
             let follower = follower.and_then(|device| Self::new(device).ok());
             shared.device_moved(&self.name, follower.is_some());
             let mut follower = follower?;
+            shared.device_renamed(follower.device.mark(), &follower.name);
             // What changed on the way is compared with what was known before.
             (follower.up, follower.mtu) = (self.up, self.mtu);
             match follower.look(shared) {

@@ -31,6 +31,8 @@ struct Known {
     /// See [`Device::mark`](crate::device::Device::mark). Held, so that no other device gets the
     /// same.
     mark: Arc<SharedOffloads>,
+    /// Its newest name, once the watch found another one than it had at first.
+    name: Option<String>,
     /// That it is gone was reported.
     gone: bool,
 }
@@ -97,10 +99,19 @@ impl Shared {
             devices.retain(|known| Arc::strong_count(&known.mark) > 1);
             devices.push(Known {
                 mark: Arc::clone(mark),
+                name: None,
                 gone: false,
             });
         }
         is_new
+    }
+
+    /// The watch found a device under another name.
+    pub(super) fn device_renamed(&self, mark: &Arc<SharedOffloads>, name: &str) {
+        let mut devices = self.devices();
+        if let Some(known) = devices.iter_mut().find(|known| Arc::ptr_eq(&known.mark, mark)) {
+            known.name = Some(name.to_owned());
+        }
     }
 
     /// A device is gone: reported once, by the first that finds out.
@@ -109,20 +120,18 @@ impl Shared {
             return;
         }
         self.is_new_device(mark);
-        let first = self
-            .devices()
-            .iter_mut()
-            .find(|known| Arc::ptr_eq(&known.mark, mark))
-            .is_some_and(|known| !std::mem::replace(&mut known.gone, true));
-        if !first {
-            return;
-        }
-        self.events.send(Event::Gone {
-            device: name.to_owned(),
-        });
-        self.tell(Ended::DeviceGone {
-            device: name.to_owned(),
-        });
+        let device = {
+            let mut devices = self.devices();
+            let Some(known) = devices.iter_mut().find(|known| Arc::ptr_eq(&known.mark, mark)) else {
+                return;
+            };
+            if std::mem::replace(&mut known.gone, true) {
+                return;
+            }
+            known.name.clone().unwrap_or_else(|| name.to_owned())
+        };
+        self.events.send(Event::Gone { device: device.clone() });
+        self.tell(Ended::DeviceGone { device });
     }
 
     /// A device was moved to another namespace.
