@@ -212,11 +212,12 @@ fn nothing_is_left(times: usize, mut cycle: impl FnMut()) {
         .enumerate()
     {
         let points: Vec<_> = samples.iter().map(|&(cycles, all)| (cycles, all[place])).collect();
-        // What rises with each cycle does so all the time. A single step, such as the heap's, is
-        // none of it.
+        // What rises with each cycle does so all the time. A few steps, such as the heap's, are none
+        // of it.
         let thirds: Vec<_> = points.chunks(points.len().div_ceil(3)).map(slope).collect();
+        let rises = points.windows(2).filter(|pair| pair[1].1 > pair[0].1).count();
         assert!(
-            thirds.iter().any(|(slope, margin)| slope - margin <= 0.0),
+            thirds.iter().any(|(slope, margin)| slope - margin <= 0.0) || rises < points.len() / 6,
             "{what} a cycle, in each third of the run: {thirds:?}; {points:?}"
         );
     }
@@ -224,7 +225,7 @@ fn nothing_is_left(times: usize, mut cycle: impl FnMut()) {
     assert_eq!(process::threads().unwrap().len(), threads);
     assert!(settled(rest) <= rest);
     let (first, last) = (samples[0].1[1], samples[samples.len() - 1].1[1]);
-    assert!(last <= first + f64::from(4 << 20), "{first} bytes, then {last}");
+    assert!(last <= first + f64::from(6 << 20), "{first} bytes, then {last}");
     assert_eq!(leaked_arenas(), 0);
 }
 
