@@ -131,7 +131,8 @@ pub struct Act {
     pub took: Histogram<u64>,
     /// What none of them may exceed, if something is promised.
     pub bound: Option<Duration>,
-    /// How late a thread that only slept woke meanwhile, at worst; zero where nothing is promised.
+    /// How late a thread that only slept beside the acts of the run with a promise woke, at worst;
+    /// zero where nothing is promised.
     pub delay: Duration,
 }
 
