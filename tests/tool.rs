@@ -4,6 +4,7 @@ mod common;
 
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -35,6 +36,14 @@ fn main() {
             foreign_node,
         ),
         trial("a folder for results that cannot be is refused by name", out_folder),
+        trial("receive keeps an earlier file until it has another", kept_file),
+        trial(
+            "a report that cannot be written is shown, and its files are named",
+            lost_folder,
+        )
+        .bound(Duration::from_secs(180)),
+        trial("a closed or full standard output is no panic", closed_output),
+        trial("port 0 and a link-local address without a scope are refused", targets),
         trial("bench takes a folder of any bytes", any_bytes).bound(Duration::from_secs(180)),
         trial("help and version name the tool and all that it measures", help),
     ])
@@ -380,6 +389,9 @@ fn help() {
     ] {
         assert!(about.contains(case), "{case}: {about}");
     }
+    assert!(about.contains("exit code 3 if a promised time was missed"), "{about}");
+    let help = String::from_utf8(tool(&["--help"]).stdout).unwrap();
+    assert!(help.contains("3 a limit or a promised time was missed"), "{help}");
 }
 
 fn scratch(name: &str) -> std::path::PathBuf {
@@ -409,6 +421,132 @@ fn out_folder() {
     }
     assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     std::fs::remove_dir_all(&folder).unwrap();
+}
+
+fn kept_file() {
+    let file = scratch("keep.hgrm");
+    std::fs::write(&file, "earlier").unwrap();
+    let path = file.to_str().unwrap();
+    for cannot in [
+        &["--listen", "198.18.0.1:9"][..],
+        &["--listen", "127.0.0.1:0", "--cpu", "100000"],
+    ] {
+        let told = tool(&[&["receive", "--hgrm", path], cannot].concat());
+        assert!(matches!(told.status.code(), Some(1 | 2)), "{told:?}");
+        assert_eq!(std::fs::read(&file).unwrap(), b"earlier");
+    }
+    std::fs::remove_file(&file).unwrap();
+
+    // A FIFO without a reader is refused; with one it is written.
+    let name = std::ffi::CString::new(path).unwrap();
+    // SAFETY: the call reads a string that ends with a zero and outlives it.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let options = [
+        "receive",
+        "--listen",
+        "127.0.0.1:0",
+        "--duration",
+        "0.05",
+        "--hgrm",
+        path,
+    ];
+    let told = Running::start(&options).end();
+    assert_eq!(told.status.code(), Some(1));
+    let errors = String::from_utf8(told.stderr).unwrap();
+    assert!(
+        errors.contains(path) && errors.contains("start its reader first"),
+        "{errors}"
+    );
+    let mut reader = std::fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&file)
+        .unwrap();
+    let told = Running::start(&options).end();
+    assert_eq!(told.status.code(), Some(0), "{told:?}");
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    assert!(text.contains("Total count"), "{text}");
+    std::fs::remove_file(&file).unwrap();
+}
+
+fn lost_folder() {
+    need_tun();
+    let folder = scratch("lost");
+    let mut running = Running::start(&[
+        "bench",
+        "--quick",
+        "--rounds",
+        "1",
+        "--only",
+        "drain",
+        "--out",
+        folder.to_str().unwrap(),
+    ]);
+    let mut lines = BufReader::new(running.child.stderr.take().unwrap());
+    let mut last = String::new();
+    // Its end closes the pipe, so this ends in any case.
+    while !last.starts_with("1 of 2: ") {
+        last.clear();
+        assert_ne!(lines.read_line(&mut last).unwrap(), 0, "it ended");
+    }
+    std::fs::remove_dir_all(&folder).unwrap();
+    let mut rest = String::new();
+    lines.read_to_string(&mut rest).unwrap();
+    let output = running.end();
+    assert_eq!(output.status.code(), Some(1), "{rest}");
+    for name in ["bench.json", "report.md", "report.html"] {
+        assert!(rest.contains(&format!("{}: ", folder.join(name).display())), "{rest}");
+    }
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        shown.contains("receive, 64 B") && !shown.contains("written to"),
+        "{shown}"
+    );
+}
+
+fn closed_output() {
+    for verb in [
+        &["generate", "--target", "127.0.0.1:9", "--count", "1"][..],
+        &["receive", "--listen", "127.0.0.1:0", "--duration", "0.01"],
+        &["doctor"],
+        &["doctor", "--json"],
+    ] {
+        let output = |stdout: Stdio| {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_tun-driver"));
+            let output = command.args(verb).stdout(stdout).output().unwrap();
+            (output.status.code(), String::from_utf8(output.stderr).unwrap())
+        };
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let (code, errors) = output(writer.into());
+        assert!(matches!(code, Some(0 | 77)), "{verb:?}: {code:?} {errors}");
+        assert!(!errors.contains("pipe") && !errors.contains("panicked"), "{errors}");
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let (code, errors) = output(full.into());
+        assert_eq!(code, Some(1), "{verb:?}: {errors}");
+        assert!(
+            errors.contains("standard output: ") && !errors.contains("panicked"),
+            "{errors}"
+        );
+    }
+}
+
+fn targets() {
+    for (arguments, told) in [
+        (["generate", "--target", "127.0.0.1:0"], "port 0"),
+        (["generate", "--target", "[fe80::1]:9"], "such as [fe80::1%eth0]:9"),
+        (["receive", "--listen", "[fe80::1]:9"], "such as [fe80::1%eth0]:9"),
+        (
+            ["generate", "--target", "[fe80::1%nowhere0]:9"],
+            "no interface nowhere0",
+        ),
+    ] {
+        let output = tool(&arguments);
+        let errors = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {errors}");
+        assert!(errors.contains(told) && errors.contains(arguments[1]), "{errors}");
+    }
 }
 
 fn progress_lines() {

@@ -20,7 +20,7 @@ use tun_driver::lab::ways::{ByWorker, IfaceLoop, PollLoop};
 use tun_driver::{Backend, Support, Wait, Worker, WorkerConfig};
 
 use crate::doctor::need_node;
-use crate::{DEBUG_BUILD, Failure, report, results_folder, until_interrupted, warn_of_debug_build};
+use crate::{DEBUG_BUILD, Failure, report, results_folder, shown, until_interrupted, warn_of_debug_build};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -136,13 +136,21 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     }
 
     let object = report::json(&results);
-    report::write_files(&options.out, &results, &object)?;
     let mut out = io::stdout().lock();
-    if options.json {
-        writeln!(out, "{object:#}")?;
-    } else {
-        write!(out, "{}", report::text(&results))?;
-        writeln!(out, "\nwritten to {}: {}", options.out.display(), report::FILES)?;
+    // First: a disk may be full, and what was measured is seen all the same.
+    let seen = shown(match options.json {
+        true => writeln!(out, "{object:#}"),
+        false => write!(out, "{}", report::text(&results)),
+    });
+    report::write_files(&options.out, &results, &object)?;
+    seen?;
+    if !options.json {
+        shown(writeln!(
+            out,
+            "\nwritten to {}: {}",
+            options.out.display(),
+            report::FILES
+        ))?;
     }
     outcome?;
     // Written as "NOT KEPT"; where the machine was too busy to judge, the report says that.

@@ -7,7 +7,7 @@ use serde_json::json;
 use tun_driver::lab::Sandbox;
 use tun_driver::{Backend, Builder, Mode, Support, TunNode, Worker, WorkerConfig};
 
-use crate::Failure;
+use crate::{Failure, shown};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -45,7 +45,7 @@ impl State {
 
 pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     let findings = examine();
-    write(options, &findings)?;
+    shown(write(options, &findings))?;
     let missing: Vec<&str> = findings
         .iter()
         .filter(|finding| finding.state == State::Missing)

@@ -8,15 +8,15 @@ use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 use tun_driver::lab::generator::{self, Config, Generated, Generator, Limit, Way};
 
-use crate::{Failure, number, per_second, positive, seconds, until_interrupted};
+use crate::{Failure, address, destination, number, per_second, positive, seconds, shown, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
     /// Where to: an address that is routed into the device under test, and a port.
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = destination)]
     target: SocketAddr,
     /// The source address, and the source port of flow 0; flow N has the Nth port after it. Unless given, the kernel chooses.
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = address)]
     source: Option<SocketAddr>,
     /// Flows, each with a source port and a sequence of its own.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
@@ -115,14 +115,12 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         .map_err(told)?;
 
     let mut out = io::stdout().lock();
-    if options.json {
-        writeln!(out, "{:#}", to_json(options, &generated, ceiling.as_ref()))?;
-    } else {
-        if let Some(ceiling) = &ceiling {
-            writeln!(out, "ceiling: {ceiling}")?;
-        }
-        writeln!(out, "{generated}")?;
-    }
+    let report = match (options.json, &ceiling) {
+        (true, _) => format!("{:#}", to_json(options, &generated, ceiling.as_ref())),
+        (false, Some(ceiling)) => format!("ceiling: {ceiling}\n{generated}"),
+        (false, None) => generated.to_string(),
+    };
+    shown(writeln!(out, "{report}"))?;
     if generated.sent == 0 && !generated.stopped && generated.due > 0 {
         return Err(Failure::Failed(match generated.refused.keys().next() {
             Some(&errno) => format!(

@@ -13,6 +13,11 @@ mod report;
 mod throughput;
 
 use std::any::TypeId;
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::net::{AddrParseError, SocketAddr};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{self, ExitCode};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,9 +26,12 @@ use std::{fs, io};
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 failed, 2 wrong usage, 3 a limit or a promised time was missed, \
+                          77 the host lacks something, 130 interrupted before it was complete.";
+
 /// Packet I/O for Linux gateways: look at this host, and measure it.
 #[derive(Parser)]
-#[command(name = "tun-driver", version, arg_required_else_help = true)]
+#[command(name = "tun-driver", version, arg_required_else_help = true, after_help = EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     verb: Verb,
@@ -41,6 +49,9 @@ enum Verb {
     ///
     /// Ctrl-C ends it early with exit code 130: what was measured by then is written, and marked as
     /// incomplete.
+    ///
+    /// Exit code 3 if a promised time was missed: "NOT KEPT" in the report. Where a thread that only
+    /// slept woke late, the machine was too busy, and no miss of that run counts.
     Bench(bench::Options),
     /// Reports what this host supports, a line each, with the remedy for what is missing.
     ///
@@ -152,6 +163,128 @@ fn results_folder(folder: &Path) -> Result<(), Failure> {
     fs::write(&probe, "")
         .and_then(|()| fs::remove_file(&probe))
         .map_err(failed)
+}
+
+/// What came of writing to standard output. A reader that has seen enough is no failure.
+fn shown(written: io::Result<()>) -> Result<(), Failure> {
+    match written.and_then(|()| io::stdout().flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure::Failed(format!("standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A file that will be written. What it has stays until then.
+struct Output<'a> {
+    path: &'a Path,
+    /// Of a FIFO: its reader would see an end if this was closed meanwhile.
+    fifo: Option<File>,
+}
+
+impl<'a> Output<'a> {
+    /// Makes sure that it can be written.
+    fn open(path: &'a Path) -> Result<Self, String> {
+        let is_fifo = fs::metadata(path).is_ok_and(|known| known.file_type().is_fifo());
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(false);
+        if is_fifo {
+            // Else this waits for a reader, and Ctrl-C does not end that.
+            options.custom_flags(libc::O_NONBLOCK);
+        }
+        match options.open(path) {
+            Ok(file) => Ok(Self {
+                path,
+                fifo: is_fifo.then_some(file),
+            }),
+            Err(error) if is_fifo && error.raw_os_error() == Some(libc::ENXIO) => Err(format!(
+                "{}: no process reads this FIFO: start its reader first, or name a file",
+                path.display()
+            )),
+            Err(error) => Err(format!("{}: {error}", path.display())),
+        }
+    }
+
+    fn write(self, text: &str) -> Result<(), String> {
+        let path = self.path;
+        match self.fifo {
+            Some(mut fifo) => fifo.write_all(text.as_bytes()),
+            None => fs::write(path, text),
+        }
+        .map_err(|error| format!("{}: {error}", path.display()))
+    }
+}
+
+/// Writes the files of a report, and goes on after one that fails.
+struct Files<'a> {
+    folder: &'a Path,
+    written: Vec<String>,
+    failed: Vec<String>,
+}
+
+impl<'a> Files<'a> {
+    fn new(folder: &'a Path) -> Self {
+        Self {
+            folder,
+            written: Vec::new(),
+            failed: Vec::new(),
+        }
+    }
+
+    fn write(&mut self, name: &str, text: &str) {
+        let path = self.folder.join(name);
+        match Output::open(&path).and_then(|output| output.write(text)) {
+            Ok(()) => self.written.push(name.to_owned()),
+            Err(why) => self.failed.push(why),
+        }
+    }
+
+    /// Fails with a line for each file that is missing.
+    fn end(self) -> Result<(), Failure> {
+        match self.failed.is_empty() {
+            true => Ok(()),
+            false => Err(Failure::Failed(format!(
+                "not all of the report is written:\n{}",
+                self.failed.join("\n")
+            ))),
+        }
+    }
+}
+
+/// An address and a port on the command line. A link-local address has a scope, by name or number.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let parsed = match text.split_once('%') {
+        // The standard library reads numbers only.
+        Some((address, rest)) if !rest.starts_with(char::is_numeric) => {
+            let (name, port) = rest.split_once("]:").ok_or("not an address and a port")?;
+            let index = interface_index(name).ok_or_else(|| format!("there is no interface {name} here"))?;
+            format!("{address}%{index}]:{port}").parse()
+        }
+        _ => text.parse(),
+    };
+    match parsed.map_err(|error: AddrParseError| error.to_string())? {
+        SocketAddr::V6(parsed) if parsed.ip().is_unicast_link_local() && parsed.scope_id() == 0 => Err(format!(
+            "a link-local address wants the interface as its scope, such as [{}%eth0]:{}",
+            parsed.ip(),
+            parsed.port()
+        )),
+        parsed => Ok(parsed),
+    }
+}
+
+/// As [`address`], for where packets go to.
+fn destination(text: &str) -> Result<SocketAddr, String> {
+    match address(text)? {
+        parsed if parsed.port() == 0 => Err("no packet can be sent to port 0; name another port".to_owned()),
+        parsed => Ok(parsed),
+    }
+}
+
+fn interface_index(name: &str) -> Option<u32> {
+    let name = CString::new(name).ok()?;
+    // SAFETY: the call reads a string that ends with a zero and outlives it.
+    let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
+    (index != 0).then_some(index)
 }
 
 /// Whether this program was built without optimisation.
@@ -280,6 +413,27 @@ mod tests {
         ] {
             assert!(seconds(wrong).is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn link_local_addresses_have_a_scope() {
+        for text in ["[fe80::1%lo]:9", "[fe80::1%1]:9"] {
+            let scope = match address(text) {
+                Ok(SocketAddr::V6(parsed)) => parsed.scope_id(),
+                other => panic!("{text}: {other:?}"),
+            };
+            assert_eq!(scope, 1, "{text}");
+        }
+        for wrong in [
+            "[fe80::1]:9",
+            "[fe80::1%nowhere0]:9",
+            "[fe80::1%lo",
+            "[fe80::1%]:9",
+            "1.2.3.4%lo:9",
+        ] {
+            assert!(address(wrong).is_err(), "{wrong}");
+        }
+        assert!(address("127.0.0.1:0").is_ok() && destination("127.0.0.1:0").is_err());
     }
 
     #[test]

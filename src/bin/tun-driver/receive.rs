@@ -1,6 +1,5 @@
 //! `tun-driver receive`: counts the stamped packets that come to an address of the network namespace in which it is started.
 
-use std::fs;
 use std::io::{self, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,12 +10,12 @@ use serde_json::{Value, json};
 use tun_driver::lab::process;
 use tun_driver::lab::receiver::{Receiver, SocketReceiver, Until};
 
-use crate::{Failure, per_second, positive, report, seconds, until_interrupted};
+use crate::{Failure, Output, address, per_second, positive, report, seconds, shown, until_interrupted};
 
 #[derive(Args)]
 pub(crate) struct Options {
     /// The address and port to receive at; port 0 takes a free one, which is told on standard error.
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = address)]
     listen: SocketAddr,
     /// Flows that are expected; more are counted, too.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65_536))]
@@ -55,11 +54,6 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
     if let Some(cpu) = options.cpu {
         process::pin_thread(cpu).map_err(|error| Failure::Usage(format!("CPU {cpu}: {error}")))?;
     }
-    // Made first, so that a run does not end with nowhere to write.
-    let named = |path: &PathBuf, error: io::Error| Failure::Failed(format!("{}: {error}", path.display()));
-    if let Some(path) = &options.hgrm {
-        fs::write(path, "").map_err(|error| named(path, error))?;
-    }
     let books = Receiver::new(options.flows as usize).verify(options.verify);
     let mut receiver = SocketReceiver::bind(options.listen, books).map_err(|error| match error.raw_os_error() {
         Some(libc::EAFNOSUPPORT) => Failure::Lacking(format!("the address family of {}: {error}", options.listen)),
@@ -69,6 +63,12 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         )),
         _ => Failure::Failed(format!("--listen {}: {error}", options.listen)),
     })?;
+    // So that a run does not end with nowhere to write.
+    let histogram = options
+        .hgrm
+        .as_deref()
+        .map(|path| Output::open(path).map_err(|why| Failure::Failed(format!("--hgrm {why}"))))
+        .transpose()?;
     eprintln!("listening on {}", receiver.address()?);
     let cpu = process::thread_cpu_time();
     receiver.run(
@@ -86,14 +86,15 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         expected: options.count,
     };
 
-    if let Some(path) = &options.hgrm {
-        fs::write(path, report::hgrm(results.receiver.latency())).map_err(|error| named(path, error))?;
-    }
     let mut out = io::stdout().lock();
-    if options.json {
-        writeln!(out, "{:#}", to_json(options, &results))?;
-    } else {
-        writeln!(out, "{}", results.line())?;
+    shown(match options.json {
+        true => writeln!(out, "{:#}", to_json(options, &results)),
+        false => writeln!(out, "{}", results.line()),
+    })?;
+    if let Some(histogram) = histogram {
+        histogram
+            .write(&report::hgrm(results.receiver.latency()))
+            .map_err(|why| Failure::Failed(format!("--hgrm {why}")))?;
     }
     match (options.max_loss, results.loss_percent()) {
         (Some(most), Some(loss)) if loss > most => {

@@ -17,7 +17,7 @@ use tun_driver::netlink::Handle;
 use tun_driver::{Backend, Support, Wait, WorkerConfig};
 
 use crate::doctor::need_node;
-use crate::{Failure, positive, report, results_folder, seconds, until_interrupted, warn_of_debug_build};
+use crate::{Failure, positive, report, results_folder, seconds, shown, until_interrupted, warn_of_debug_build};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -322,13 +322,16 @@ pub(crate) fn run(options: &Options) -> Result<(), Failure> {
         return outcome;
     }
     let object = report::throughput::json(&results);
-    report::throughput::write_files(&options.out, &results, &object)?;
     let mut out = io::stdout().lock();
-    if options.json {
-        writeln!(out, "{object:#}")?;
-    } else {
-        write!(out, "{}", report::throughput::text(&results))?;
-        writeln!(out, "\nwritten to {}", options.out.display())?;
+    // First: a disk may be full, and what was measured is seen all the same.
+    let seen = shown(match options.json {
+        true => writeln!(out, "{object:#}"),
+        false => write!(out, "{}", report::throughput::text(&results)),
+    });
+    report::throughput::write_files(&options.out, &results, &object)?;
+    seen?;
+    if !options.json {
+        shown(writeln!(out, "\nwritten to {}", options.out.display()))?;
     }
     outcome?;
     if results.incomplete.is_some() {

@@ -13,7 +13,6 @@ mod text;
 pub(crate) mod throughput;
 mod verdict;
 
-use std::fs;
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -21,26 +20,23 @@ pub(crate) use histograms::hgrm;
 pub(crate) use json::json;
 pub(crate) use text::text;
 
-use crate::Failure;
 use crate::bench::Results;
+use crate::{Failure, Files};
 
 /// What [`write_files`] leaves in the folder.
 pub(crate) const FILES: &str = "report.html, report.md, bench.json, *.hgrm, *.hlog";
 
 pub(crate) fn write_files(folder: &Path, results: &Results, object: &serde_json::Value) -> Result<(), Failure> {
-    let write = |name: &str, text: &str| {
-        let path = folder.join(name);
-        fs::write(&path, text).map_err(|error| Failure::Failed(format!("{}: {error}", path.display())))
-    };
-    write("bench.json", &format!("{object:#}\n"))?;
-    write("report.md", &text::markdown(results))?;
-    write("report.html", &html::page(results))?;
+    let mut files = Files::new(folder);
+    files.write("bench.json", &format!("{object:#}\n"));
+    files.write("report.md", &text::markdown(results));
+    files.write("report.html", &html::page(results));
     let took = Duration::from_secs_f64(results.seconds);
     for group in histograms::groups(results) {
         for (tag, histogram) in &group.entries {
-            write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram))?;
+            files.write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram));
         }
-        write(
+        files.write(
             &format!("{}.hlog", group.name),
             &histograms::hlog(
                 &group,
@@ -48,9 +44,9 @@ pub(crate) fn write_files(folder: &Path, results: &Results, object: &serde_json:
                 took,
                 "Each interval is the whole run: the ways took turns.",
             )?,
-        )?;
+        );
     }
-    Ok(())
+    files.end()
 }
 
 /// Where the figures come from, as pairs of what and how.

@@ -16,8 +16,8 @@ use super::svg::{self, Axis, Bar, Bars, Lines, Scale, Trace};
 use super::tables::{Cell, Column, Table, column};
 use super::text::rendered;
 use super::{html, numbers, utc};
-use crate::Failure;
 use crate::throughput::{Latency, Results, Row};
+use crate::{Failure, Files};
 
 /// For the terminal.
 pub(crate) fn text(results: &Results) -> String {
@@ -54,43 +54,34 @@ pub(crate) fn markdown(results: &Results) -> String {
 }
 
 pub(crate) fn write_files(folder: &Path, results: &Results, object: &Value) -> Result<(), Failure> {
-    let write = |name: &str, text: &str| {
-        let path = folder.join(name);
-        fs::write(&path, text).map_err(|error| Failure::Failed(format!("{}: {error}", path.display())))
-    };
-    write("throughput.json", &format!("{object:#}\n"))?;
-    write("throughput.md", &markdown(results))?;
-    write("throughput.html", &page(results))?;
-    let mut written = Vec::new();
+    let mut files = Files::new(folder);
+    files.write("throughput.json", &format!("{object:#}\n"));
+    files.write("throughput.md", &markdown(results));
+    files.write("throughput.html", &page(results));
     for (name, title, plot) in plots(results) {
         let legend = if name.starts_with("latency") {
             waits()
         } else {
             Vec::new()
         };
-        let file = format!("{name}.svg");
-        write(&file, &html::alone(&title, &legend, plot))?;
-        written.push(file);
+        files.write(&format!("{name}.svg"), &html::alone(&title, &legend, plot));
     }
     for (group, took) in groups(results) {
         for (tag, histogram) in &group.entries {
-            let file = format!("{}-{tag}.hgrm", group.name);
-            write(&file, &histograms::hgrm(histogram))?;
-            written.push(file);
+            files.write(&format!("{}-{tag}.hgrm", group.name), &histograms::hgrm(histogram));
         }
-        let file = format!("{}.hlog", group.name);
-        write(
-            &file,
+        files.write(
+            &format!("{}.hlog", group.name),
             &histograms::hlog(
                 &group,
                 results.began,
                 took,
                 "The interval is as long as the trial; the log's start is that of the run.",
             )?,
-        )?;
-        written.push(file);
+        );
     }
-    remove_earlier(folder, &written)
+    let removed = remove_earlier(folder, &files.written);
+    files.end().and(removed)
 }
 
 /// Removes the latencies of an earlier run: beside this report they would pass for this run's.
