@@ -40,6 +40,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let (left, right): (String, String) = (cli.word("left0"), cli.word("right0"));
     let (left_address, right_address): (Ipv4Addr, Ipv4Addr) = (cli.word("198.18.3.1"), cli.word("198.18.3.2"));
     let netns = cli.path("/run/netns/blue");
+    cli.end_of_words();
 
     let mut worker = Worker::new(&cli.worker_config())?;
     let (queue, left_device) = open(Builder::new(&left, Mode::Tun), left_address)?;

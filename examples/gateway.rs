@@ -68,7 +68,7 @@ impl Handler for Gateway {
             dropped,
             ..
         } = self;
-        println!("worker {number}: forwarded {forwarded} dropped {dropped}");
+        cli::say(format_args!("worker {number}: forwarded {forwarded} dropped {dropped}"));
     }
 
     fn trouble(&mut self, worker: &mut Worker, port: PortId, error: &PortError) {
@@ -84,6 +84,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut cli = cli::Cli::parse("gateway [NETNS_OF_RIGHT [QUEUES]] [--seconds N] [--backend io_uring|syscalls]");
     let netns = cli.path("/run/netns/blue");
     let queues: usize = cli.word("2");
+    cli.end_of_words();
     let (here, there) = (Ipv4Addr::new(198, 18, 5, 1), Ipv4Addr::new(198, 18, 5, 2));
     let device = |name, address| {
         Builder::new(name, Mode::Tun)
@@ -99,21 +100,21 @@ fn run() -> Result<(), Box<dyn Error>> {
         .config(cli.worker_config())
         .start(Gateway::new)?;
     for worker in engine.workers() {
-        println!("{worker}");
+        cli::say(worker);
     }
     let stopper = engine.stopper();
     cli.call_at_the_end(move || stopper.stop())?;
-    println!("ready: {here} <-> {there}");
+    cli::say(format_args!("ready: {here} <-> {there}"));
 
     // A gateway with one side is none: it ends with either device. A worker that fails stops the engine.
     for event in engine.events() {
-        println!("{event}");
+        cli::say(&event);
         if matches!(event, Event::Gone { .. } | Event::Stopping) {
             break;
         }
     }
     let ended = engine.wait();
-    println!("{}", engine.stop_within(Duration::from_secs(5)));
+    cli::say(engine.stop_within(Duration::from_secs(5)));
     match ended {
         Ended::Stopped => Ok(()),
         ended => Err(ended.to_string().into()),

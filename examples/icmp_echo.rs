@@ -23,6 +23,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut cli = cli::Cli::parse("icmp_echo [NAME [IPV4 [IPV6]]] [--seconds N] [--backend io_uring|syscalls]");
     let (name, ipv4, ipv6): (String, Ipv4Addr, Ipv6Addr) =
         (cli.word("ping0"), cli.word("198.18.2.1"), cli.word("fd00:18:2::1"));
+    cli.end_of_words();
 
     // The kernel's own addresses; it sends the rest of both subnets to us, and we answer for all of it.
     let builder = Builder::new(&name, Mode::Tun).address(ipv4, 24).address(ipv6, 64);

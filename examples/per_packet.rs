@@ -21,10 +21,11 @@ fn main() -> ExitCode {
 fn run() -> Result<(), Box<dyn Error>> {
     let mut cli = cli::Cli::parse("per_packet [NAME] [--packets N] [--seconds N]");
     let name: String = cli.word("mytun");
+    cli.end_of_words();
 
     let iface = Iface::new(&name, Mode::Tun)?;
     // Not always the name that was asked for: with "tun%d" the kernel puts a number.
-    println!("created {}", iface.name());
+    cli::say(format_args!("created {}", iface.name()));
     // `recv` waits for a packet and for nothing else. The device goes with the process.
     cli.call_at_the_end(|| process::exit(0))?;
 
@@ -38,7 +39,7 @@ fn run() -> Result<(), Box<dyn Error>> {
         };
         // TUN_PKT_STRIP: the packet was longer than the buffer, and its rest is lost.
         let cut = u16::from_ne_bytes([info[0], info[1]]) & 1 != 0;
-        println!(
+        cli::say(format_args!(
             "EtherType {:02x}{:02x}, {} bytes{}: {packet:02x?}",
             info[2],
             info[3],
@@ -48,7 +49,7 @@ fn run() -> Result<(), Box<dyn Error>> {
             } else {
                 ""
             }
-        );
+        ));
     }
     Ok(())
 }

@@ -33,6 +33,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     );
     let (name, address): (String, Ipv4Addr) = (cli.word("tunnel0"), cli.word("198.18.4.1"));
     let (local, peer): (SocketAddr, SocketAddr) = (cli.word("10.0.0.1:4789"), cli.word("10.0.0.2:4789"));
+    cli.end_of_words();
+    check(local, peer)?;
 
     let mut worker = Worker::new(&cli.worker_config())?;
     // An MTU with which a packet, our header, and those of UDP and IP fit into 1500 bytes.
@@ -47,6 +49,8 @@ fn run() -> Result<(), Box<dyn Error>> {
     let socket = UdpSocket::bind(local).map_err(|error| {
         format!("bind({local}): {error}: give this host the address, or name one that it has as LOCAL")
     })?;
+    // With port 0 the kernel chose one, which the peer has to know.
+    let local = socket.local_addr()?;
     // A connected socket takes datagrams from the peer only, and what we send needs no address (else: `PacketBuf::set_peer`).
     socket
         .connect(peer)
@@ -88,6 +92,37 @@ fn run() -> Result<(), Box<dyn Error>> {
     }
     cli::print_counters(&worker);
     link.print_counters();
+    Ok(())
+}
+
+/// What no route would mend.
+fn check(local: SocketAddr, peer: SocketAddr) -> Result<(), String> {
+    let family = |address: SocketAddr| if address.is_ipv4() { "IPv4" } else { "IPv6" };
+    if family(local) != family(peer) {
+        return Err(format!(
+            "LOCAL {local} is of {}, PEER {peer} of {}: name two addresses of one family",
+            family(local),
+            family(peer)
+        ));
+    }
+    if peer.port() == 0 {
+        return Err(format!(
+            "PEER {peer}: nothing can be sent to port 0: name the peer's port"
+        ));
+    }
+    for (word, address) in [("LOCAL", local), ("PEER", peer)] {
+        if let SocketAddr::V6(address) = address
+            && address.ip().is_unicast_link_local()
+            && address.scope_id() == 0
+        {
+            return Err(format!(
+                "{word} {address}: a link-local address wants the number of its interface: write \
+                 [{}%2]:{} for interface 2 of `ip link`",
+                address.ip(),
+                address.port()
+            ));
+        }
+    }
     Ok(())
 }
 
@@ -162,7 +197,7 @@ impl Link {
         }
         let number = u32::from_be_bytes([a, b, c, d]);
         match self.expected.map(|expected| number.wrapping_sub(expected)) {
-            None => println!("the peer is there"),
+            None => cli::say("the peer is there"),
             Some(ahead) if ahead < 1 << 31 => self.missing += u64::from(ahead),
             // Overtaken on the way, or the peer began anew.
             Some(_) => self.late += 1,
@@ -174,10 +209,10 @@ impl Link {
     }
 
     fn print_counters(&self) {
-        println!(
+        cli::say(format_args!(
             "datagrams {} missing {} late {} keepalives {}",
             self.next, self.missing, self.late, self.keepalives_received
-        );
+        ));
     }
 }
 

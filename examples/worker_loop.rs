@@ -23,6 +23,7 @@ fn run() -> Result<(), Box<dyn Error>> {
     let mut cli = cli::Cli::parse("worker_loop [NAME [IPV4 [IPV6]]] [--seconds N] [--backend io_uring|syscalls]");
     let (name, ipv4, ipv6): (String, Ipv4Addr, Ipv6Addr) =
         (cli.word("echo0"), cli.word("198.18.1.1"), cli.word("fd00:18:1::1"));
+    cli.end_of_words();
 
     // All settings of the device in one act: if one is refused, there is no device, and the error says why.
     let builder = Builder::new(&name, Mode::Tun).address(ipv4, 24).address(ipv6, 64);

@@ -3,7 +3,7 @@
 mod common;
 
 use std::ffi::OsStr;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::ffi::OsStrExt;
@@ -37,6 +37,15 @@ fn main() {
             any_bytes,
         ),
         trial("the name that was granted is printed", granted_name),
+        trial("surplus words and options of other examples are refused", surplus),
+        trial(
+            "udp_tunnel names a wrong pair of addresses, and prints its port",
+            udp_tunnel_words,
+        ),
+        trial(
+            "a closed or full standard output ends an example without a panic",
+            closed_output,
+        ),
     ];
     type Check = fn(Backend);
     let checks: [(&str, Check); 12] = [
@@ -221,6 +230,89 @@ fn granted_name() {
         let ready = process.line("ready: ");
         assert!(ready.contains(" on e0"), "{name}: {ready}");
         process.stop();
+    }
+}
+
+fn surplus() {
+    for arguments in [
+        &["per_packet", "a", "b"][..],
+        &["per_packet", "--backend", "syscalls"],
+        &["icmp_echo", "a", "198.18.2.1", "fd00:18:2::1", "x"],
+        &["icmp_echo", "--packets", "1"],
+        &["worker_loop", "a", "198.18.1.1", "fd00:18:1::1", "x"],
+        &[
+            "forward",
+            "l0",
+            "r0",
+            "198.18.3.1",
+            "198.18.3.2",
+            "/run/netns/blue",
+            "x",
+        ],
+        &["gateway", "/run/netns/blue", "2", "x", "y", "z"],
+        &["udp_tunnel", "t0", "198.18.4.1", "127.0.0.1:0", "127.0.0.1:9", "x"],
+        &["udp_tunnel", "--keepalive-ms", "0"],
+    ] {
+        let told = run(Command::new(path(arguments[0])).args(&arguments[1..]));
+        assert_eq!(told.status.code(), Some(2), "{arguments:?}");
+        let errors = String::from_utf8_lossy(&told.stderr).into_owned();
+        assert!(errors.contains("is not understood\nusage: "), "{arguments:?}: {errors}");
+    }
+}
+
+fn udp_tunnel_words() {
+    for (local, peer, told) in [
+        ("127.0.0.1:0", "[::1]:9", "PEER [::1]:9 of IPv6"),
+        ("[::1]:0", "127.0.0.1:9", "PEER 127.0.0.1:9 of IPv4"),
+        ("127.0.0.1:0", "127.0.0.1:0", "port 0"),
+        ("[::]:0", "[fe80::1]:9", "[fe80::1%2]:9"),
+    ] {
+        let mut running = example("udp_tunnel", &["t0", "198.18.4.1", local, peer]);
+        assert_eq!(running.wait().code(), Some(1));
+        let errors = running.errors();
+        assert!(errors.contains(told), "{errors}");
+    }
+    need_tun();
+    let words = [
+        "t0",
+        "198.18.4.1",
+        "127.0.0.1:0",
+        "127.0.0.1:9",
+        "--seconds",
+        &seconds(),
+    ];
+    let mut running = example("udp_tunnel", &words);
+    let ready = running.line("ready: ");
+    assert!(!ready.contains("127.0.0.1:0 "), "{ready}");
+    running.stop();
+}
+
+fn closed_output() {
+    need_tun();
+    for name in ["icmp_echo", "worker_loop", "per_packet"] {
+        let output = |stdout: Stdio| {
+            let mut command = Command::new(path(name));
+            command.args(["out0", "--seconds", &seconds()]).stdin(Stdio::null());
+            let child = command.stdout(stdout).stderr(Stdio::piped()).spawn().unwrap();
+            let mut process = Process {
+                child,
+                lines: mpsc::channel().1,
+                name: name.to_owned(),
+            };
+            let status = process.wait();
+            (status.code(), process.errors())
+        };
+        // Its reader is gone.
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        assert_eq!(output(writer.into()), (Some(0), String::new()), "{name}");
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let (code, errors) = output(full.into());
+        assert_eq!(code, Some(1), "{name}: {errors}");
+        assert!(
+            errors.starts_with("standard output: ") && !errors.contains("panicked"),
+            "{name}: {errors}"
+        );
     }
 }
 

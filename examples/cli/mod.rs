@@ -3,6 +3,8 @@
 
 use std::error::Error;
 use std::ffi::{OsStr, OsString};
+use std::io::{self, Write};
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::str::FromStr;
@@ -39,9 +41,15 @@ impl Cli {
         while let Some(argument) = arguments.next() {
             let mut value = || arguments.next().unwrap_or_default();
             match argument.to_str() {
+                // Of another example.
+                Some(option @ ("--packets" | "--seconds" | "--keepalive-ms" | "--backend"))
+                    if !usage.contains(option) =>
+                {
+                    cli.refuse(&argument)
+                }
                 Some("--packets") => cli.packets = Some(cli.read(&value())),
                 Some("--seconds") => cli.seconds = Some(cli.read(&value())),
-                Some("--keepalive-ms") => cli.keepalive_ms = cli.read(&value()),
+                Some("--keepalive-ms") => cli.keepalive_ms = cli.read::<NonZeroU64>(&value()).get(),
                 Some("--backend") => {
                     let name = value();
                     cli.backend = match name.to_str() {
@@ -51,7 +59,7 @@ impl Cli {
                     }
                 }
                 Some("--help") => {
-                    println!("usage: {usage}");
+                    say(format_args!("usage: {usage}"));
                     process::exit(0)
                 }
                 _ if argument.as_encoded_bytes().starts_with(b"-") => cli.refuse(&argument),
@@ -71,6 +79,13 @@ impl Cli {
     /// The next word as a path, which need not be UTF-8, or `default` if there are no more.
     pub fn path(&mut self, default: &str) -> PathBuf {
         self.words.next().map_or_else(|| default.into(), PathBuf::from)
+    }
+
+    /// Refuses words that are left over. After the last [`word`](Self::word).
+    pub fn end_of_words(&mut self) {
+        if let Some(word) = self.words.next() {
+            self.refuse(&word);
+        }
     }
 
     /// `--packets`, or without end.
@@ -117,7 +132,7 @@ impl Cli {
     }
 
     fn refuse(&self, what: &OsStr) -> ! {
-        eprintln!("{what:?} is not understood\nusage: {}", self.usage);
+        warn(format_args!("{what:?} is not understood\nusage: {}", self.usage));
         process::exit(2)
     }
 }
@@ -161,21 +176,40 @@ impl Watch {
             // The queue still has its device, so that was not deleted. Deletion ends the port.
             if worker.queue(*port).is_some_and(|queue| queue.current_name().is_ok()) {
                 let name = worker.port_name(*port).unwrap_or_default();
-                eprintln!(
+                warn(format_args!(
                     "{name}: {error}: the device was moved to another network namespace; move it \
                      back, or set it up there and give it its address"
-                );
+                ));
             }
             false
         });
     }
 }
 
+/// Prints a line on standard output. A reader that has seen enough ends the process quietly, and
+/// another error with a word about it; `println!` panics at both.
+pub fn say(line: impl fmt::Display) {
+    let written = writeln!(io::stdout(), "{line}").and_then(|()| io::stdout().flush());
+    match written {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => process::exit(0),
+        Err(error) => {
+            warn(format_args!("standard output: {error}"));
+            process::exit(1)
+        }
+    }
+}
+
+/// Prints a line on standard error, if that takes it.
+pub fn warn(line: impl fmt::Display) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Says which backend runs, and that packets are served from now on.
 pub fn print_ready(worker: &Worker, what: impl fmt::Display) {
     let report = worker.backend();
-    println!("{:?} ({})", report.backend, report.why);
-    println!("ready: {what}");
+    say(format_args!("{:?} ({})", report.backend, report.why));
+    say(format_args!("ready: {what}"));
 }
 
 /// One line per port: what went through it, and what did not.
@@ -185,16 +219,16 @@ pub fn print_counters(worker: &Worker) {
         let Some(counters) = worker.counters(port) else {
             continue;
         };
-        println!(
+        say(format_args!(
             "{name}: received {} (truncated {}) sent {} refused {} backpressure {}",
             counters.received_packets,
             counters.truncated,
             counters.sent_packets,
             counters.refused_packets,
             counters.backpressure
-        );
+        ));
     }
-    println!("discarded {}", worker.discarded());
+    say(format_args!("discarded {}", worker.discarded()));
 }
 
 /// Prints an error of a port that passes: a packet was too long for the buffers, no buffer was
@@ -205,7 +239,7 @@ pub fn print_passing(worker: &Worker, port: PortId, error: &PortError) {
     let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
     if last.is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
         *last = Some(Instant::now());
-        eprintln!("{}", named(worker, port, error));
+        warn(named(worker, port, error));
     }
 }
 
@@ -219,7 +253,7 @@ pub fn end(result: Result<(), Box<dyn Error>>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("{error}");
+            warn(error);
             ExitCode::FAILURE
         }
     }
