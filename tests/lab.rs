@@ -89,6 +89,7 @@ fn sample(arguments: &[&str], environment: &[(&str, &str)]) -> (bool, String) {
         .env(SAMPLE, "1")
         .env_remove("TUN_DRIVER_REQUIRE_ALL")
         .env_remove("TUN_DRIVER_SLOWNESS")
+        .env_remove("TUN_DRIVER_LONG")
         .env_remove("TUN_DRIVER_REQUIRE_NETNS")
         .envs(environment.iter().copied())
         .output()
