@@ -702,6 +702,9 @@ fn foreign_node() {
             let all = told["findings"].as_array().unwrap();
             all.iter().find(|one| one["name"] == name).unwrap().to_string()
         };
+        if node.starts_with("mount") && find("/dev/net/tun").contains("Permission denied") {
+            skip("a user without rights opens no device node through a mount");
+        }
         for name in ["/dev/net/tun", "sandbox"] {
             let told = find(name);
             assert!(
