@@ -223,7 +223,7 @@ impl Builder {
     /// (/32, /128) may be shared. An address that no host can have (all zero, of multicast,
     /// 255.255.255.255, `::1`) is refused before the kernel is asked.
     ///
-    /// The kernel completes an IPv6 address a moment after the device is up, on one of its own threads.
+    /// The kernel completes an IPv6 address a moment after the device is up, on another thread.
     /// Packets to the address that are written before then are dropped.
     #[cfg(feature = "netlink")]
     pub fn address(mut self, address: impl Into<IpAddr>, prefix: u8) -> Self {
